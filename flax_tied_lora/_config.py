@@ -1,0 +1,298 @@
+"""What to adapt and how: `LoraConfig`, with PEFT's field names, defaults and meanings.
+
+Names and meanings are those of PEFT 0.21.2 (``peft.LoraConfig``), so that people bring what they
+know and ``adapter_config.json`` can be read and written. Three things differ. A config is frozen
+and hashable, so it can be static data of a compiled function. It is checked when it is made: every
+error names the field. And nothing is silently ignored: a field that this library does not carry
+out yet raises `NotImplementedError` (the table `_NOT_YET`; delete a line when it is carried out).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from flax_tied_lora import _config_checks as check
+from flax_tied_lora._config_checks import FrozenMapping
+
+_ANY = ".*"
+
+# Field -> the values (regexes) that are known to PEFT and not carried out here yet; _ANY: every
+# value but the default.
+_NOT_YET: dict[str, str] = {
+    "bias": "all|lora_only",
+    "init_lora_weights": "eva|olora|pissa(_niter_[0-9]+)?|corda|loftq|orthogonal|mica|lora_ga",
+    "alora_invocation_tokens": _ANY,
+    "arrow_config": _ANY,
+    "corda_config": _ANY,
+    "ensure_weight_tying": _ANY,
+    "eva_config": _ANY,
+    "fan_in_fan_out": _ANY,
+    "kasa_config": _ANY,
+    "layer_replication": _ANY,
+    "loftq_config": _ANY,
+    "lora_bias": _ANY,
+    "lora_ga_config": _ANY,
+    "megatron_config": _ANY,
+    "megatron_core": _ANY,
+    "modules_to_save": _ANY,
+    "monteclora_config": _ANY,
+    "qalora_group_size": _ANY,
+    "runtime_config": _ANY,
+    "target_parameters": _ANY,
+    "trainable_token_indices": _ANY,
+    "use_bdlora": _ANY,
+    "use_dora": _ANY,
+    "use_qalora": _ANY,
+    "velora_config": _ANY,
+}
+_EMPTY: FrozenMapping[Any] = FrozenMapping()
+_FAMILIAR = {"rank": "r", "lora_rank": "r", "lora_r": "r", "alpha": "lora_alpha"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class LoraConfig:
+    """What to adapt and how, in PEFT's words; frozen, hashable, checked when it is made.
+
+    Lists are stored as tuples (sets are sorted first), dicts as ordered, hashable mappings.
+
+    Args:
+        r: Rank of the factors, an int above 0. Default 8.
+        lora_alpha: Numerator of the scaling, a finite number above 0. Default 8.
+        use_rslora: False (default): scaling is ``alpha / r``. True: ``alpha / sqrt(r)``
+            (rank-stabilised LoRA, arXiv:2312.03732).
+        target_modules: What to adapt: a list of names, each a whole path or its last parts; or one
+            regex that must match a whole path; or ``"all-linear"``. Default None (PEFT then goes
+            by architecture; `wrap` asks for names).
+        exclude_modules: What to leave out, as a list or a regex in the same way. Default None.
+        layers_to_transform: Layer index or indices (from 0) to adapt; only with a list of
+            `target_modules`. Default None: all layers.
+        layers_pattern: Name or names of the list of layers that those indices count in
+            (``"layers"``, ``"h"``); only with `layers_to_transform`. Default None: any.
+        rank_pattern: Module name or regex -> rank, where it differs from `r`; the first match
+            wins. Default {}.
+        alpha_pattern: The same for `lora_alpha`. Default {}.
+        lora_dropout: Probability in [0, 1) of dropping an input of the factors while training.
+            Default 0.0.
+        init_lora_weights: True (default): the delta starts at zero. False: both factors random, for
+            debugging. ``"gaussian"``: the random factor is normal with deviation 1 / r.
+        bias: ``"none"`` (default).
+        task_type: One of PEFT's task types; kept as written, like the next five. Default None.
+        base_model_name_or_path: Name of the base model. Default None.
+        revision: Its version. Default None.
+        inference_mode: Whether PEFT should load the adapter frozen. Default False.
+        peft_version: PEFT's version that wrote the file. Default None.
+        auto_mapping: PEFT's record of the base model's class. Default None.
+        peft_type: ``"LORA"``, and nothing else.
+        ensure_weight_tying: None (default) ties what is tied. PEFT's True and False: not yet.
+
+    The other fields are PEFT's too and not carried out yet: they may be given their default.
+
+    Raises:
+        TypeError: An unknown field (close names are listed), a positional argument, a wrong type.
+        ValueError: A value out of range, an invalid regex, fields that contradict each other.
+        NotImplementedError: A field, or a value of one, that is not carried out yet.
+
+    Example:
+        >>> config = LoraConfig(r=8, lora_alpha=16, target_modules=["embed_tokens", "q_proj"])
+        >>> config
+        LoraConfig(r=8, lora_alpha=16, target_modules=('embed_tokens', 'q_proj'))
+        >>> config.scaling_for("model/layers/0/q_proj")
+        2.0
+        >>> LoraConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: Collection[str] | str | None = None
+    exclude_modules: Collection[str] | str | None = None
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    init_lora_weights: bool | str = True
+    layers_to_transform: Collection[int] | int | None = None
+    layers_pattern: Collection[str] | str | None = None
+    rank_pattern: Mapping[str, int] = _EMPTY
+    alpha_pattern: Mapping[str, float] = _EMPTY
+    bias: str = "none"
+    ensure_weight_tying: bool | None = None
+    peft_type: str = "LORA"
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    peft_version: str | None = None
+    auto_mapping: Mapping[str, str | None] | None = None
+    alora_invocation_tokens: Any = None
+    arrow_config: Any = None
+    corda_config: Any = None
+    eva_config: Any = None
+    fan_in_fan_out: bool = False
+    kasa_config: Any = None
+    layer_replication: Any = None
+    loftq_config: Any = _EMPTY
+    lora_bias: bool = False
+    lora_ga_config: Any = None
+    megatron_config: Any = None
+    megatron_core: str | None = "megatron.core"
+    modules_to_save: Any = None
+    monteclora_config: Any = None
+    qalora_group_size: int = 16
+    runtime_config: Any = None
+    target_parameters: Any = None
+    trainable_token_indices: Any = None
+    use_bdlora: Any = None
+    use_dora: bool = False
+    use_qalora: bool = False
+    velora_config: Any = None
+
+    def __new__(cls, *args: object, **kwargs: object) -> LoraConfig:
+        """Refuses what the generated ``__init__`` would refuse less helpfully."""
+        if args:
+            raise TypeError(
+                f"LoraConfig: expected keyword arguments only, found {args!r}; write r=8, ..."
+            )
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                near = [_FAMILIAR[name]] if name in _FAMILIAR else []
+                near += [n for n in difflib.get_close_matches(name, known) if n not in near]
+                hint = f"did you mean {' or '.join(near)}?" if near else "see help(LoraConfig)"
+                raise TypeError(f"LoraConfig: unknown field '{name}'; {hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Checks every field and stores it in its hashable form."""
+        self._refuse_not_yet()
+        self._put("r", check.positive_int)
+        self._put("lora_alpha", check.positive)
+        self._put("lora_dropout", check.probability)
+        for name in ("use_rslora", "inference_mode"):
+            self._put(name, check.boolean)
+        self._put("task_type", check.task_type)
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
+            self._put(name, check.text)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            self._put(name, check.names)
+        for pattern in check.as_tuple(self.layers_pattern):
+            check.regex("layers_pattern", pattern, inside=True)
+        self._put("layers_to_transform", check.indices)
+        self._put("rank_pattern", lambda f, v: check.patterns(f, v, check.positive_int))
+        self._put("alpha_pattern", lambda f, v: check.patterns(f, v, check.positive))
+        if self.auto_mapping is not None:
+            self._put("auto_mapping", lambda f, v: check.mapping(f, v, check.text))
+        self._put("peft_type", lambda f, v: check.one_of(f, "LORA" if v is None else v, ["LORA"]))
+        self._put("bias", lambda f, v: check.one_of(f, v, ["none"]))
+        self._put("init_lora_weights", lambda f, v: check.one_of(f, v, [True, False, "gaussian"]))
+        self._refuse_contradictions()
+
+    def _put(self, field: str, convert: Callable[[str, Any], Any]) -> None:
+        value = getattr(self, field)
+        if isinstance(value, enum.Enum):  # PEFT's TaskType and PeftType are str enums
+            value = value.value
+        object.__setattr__(self, field, convert(field, value))
+
+    def _refuse_not_yet(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for field, pattern in _NOT_YET.items():
+            value, default = getattr(self, field), defaults[field]
+            if pattern != _ANY:
+                refused = isinstance(value, str) and re.fullmatch(pattern, value)
+            else:
+                same = isinstance(value, type(default) | dict) and value == default
+                refused = not (value is None or same)
+                object.__setattr__(self, field, default)  # {} and None become the default
+            if refused:
+                raise NotImplementedError(
+                    f"LoraConfig: {field}={value!r} is not carried out by this version; expected "
+                    f"{default!r}, the default. Leave it out."
+                )
+
+    def _refuse_contradictions(self) -> None:
+        targets, excluded = self.target_modules, self.exclude_modules
+        if targets == ():
+            raise ValueError("LoraConfig: target_modules is empty, so nothing would be adapted")
+        both = [t for t in check.as_tuple(targets) if t in check.as_tuple(excluded)]
+        if both:
+            raise ValueError(
+                f"LoraConfig: {', '.join(both)} named in both target_modules and exclude_modules; "
+                "drop one of them"
+            )
+        for field in ("layers_to_transform", "layers_pattern"):
+            if isinstance(targets, str) and getattr(self, field) is not None:
+                raise ValueError(
+                    f"LoraConfig: {field} needs target_modules as a list, found the string "
+                    f"{targets!r}; list the names, or put the layers into the regex"
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"LoraConfig: layers_pattern={self.layers_pattern!r} needs layers_to_transform, "
+                "found None; say which layers, or leave layers_pattern out"
+            )
+
+    def rank_for(self, path: str) -> int:
+        """Returns the rank for a module: `rank_pattern`'s first match, or `r`.
+
+        Args:
+            path: Module path, joined by "/" or by ".", as ``model/layers/0/q_proj``.
+        """
+        return check.pattern_value(self.rank_pattern, path, self.r)
+
+    def alpha_for(self, path: str) -> float:
+        """Returns alpha for a module: `alpha_pattern`'s first match, or `lora_alpha`."""
+        return float(check.pattern_value(self.alpha_pattern, path, self.lora_alpha))
+
+    def scaling_for(self, path: str) -> float:
+        """Returns the factor before ``lora_a @ lora_b``: alpha / r; for rsLoRA alpha / sqrt(r)."""
+        rank = self.rank_for(path)
+        return self.alpha_for(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain Python values, under the keys of ``adapter_config.json``."""
+        values = {f.name: check.plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        del values["runtime_config"]  # PEFT does not store it either
+        return values
+
+    def to_json(self) -> str:
+        """Returns the text of ``adapter_config.json``: fields sorted, patterns in their order."""
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LoraConfig:
+        """Returns the config with these fields, defaults for the rest; the inverse of `to_dict`.
+
+        Raises:
+            TypeError: Not a mapping; and all that `LoraConfig` raises.
+        """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"LoraConfig.from_dict: expected a mapping, found {fields!r}")
+        return cls(**{str(name): value for name, value in fields.items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> LoraConfig:
+        """Returns the config in a JSON text; the inverse of `to_json`.
+
+        Raises:
+            ValueError: Not JSON; and all that `from_dict` raises.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"LoraConfig.from_json: not JSON: {error}") from error
+        return cls.from_dict(fields)
+
+    def __repr__(self) -> str:
+        """Shows `r`, `lora_alpha`, `target_modules`, and whatever is not at its default."""
+        always = ("r", "lora_alpha", "target_modules")
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if f.name in always or getattr(self, f.name) != f.default
+        ]
+        return f"LoraConfig({', '.join(shown)})"

@@ -1,0 +1,84 @@
+"""What every test runs under: CPU with eight devices, strict promotion, no network.
+
+Promotion is strict everywhere but in ``tests/models``: there the models are other people's, and
+rely on JAX's usual rules. A single test elsewhere asks for those with the fixture
+``standard_promotion``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# JAX reads these when it starts, so they come before its import. A GPU run sets JAX_PLATFORMS.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: a thread pool in each would only fight over them.
+    flags.append("--xla_cpu_multi_thread_eigen=false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# How many examples is each test's own business. print_blob: a failure can be run again as printed.
+quiet = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, print_blob=True, suppress_health_check=quiet
+)
+hypothesis.settings.register_profile(
+    "slow", deadline=None, derandomize=False, print_blob=True, suppress_health_check=quiet
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+MODELS = Path(__file__).parent / "models"
+# Compiled programs are never dropped by JAX itself; past this much a worker starts again from none.
+CACHE_LIMIT_KIB = 3 * 1024 * 1024
+
+
+@contextlib.contextmanager
+def jax_usual_promotion() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promotion_of_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Gives the modules of ``tests/models`` JAX's usual promotion, their own fixtures included."""
+    with jax_usual_promotion() if MODELS in request.path.parents else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """Gives one test JAX's usual promotion."""
+    with jax_usual_promotion():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Drops JAX's compiled programs after a module if the process has grown large."""
+    yield
+    if resident_kib() > CACHE_LIMIT_KIB:
+        jax.clear_caches()
+
+
+def resident_kib() -> int:
+    """Returns the process's resident memory now (Linux), or 0 where it cannot be told."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") // 1024
