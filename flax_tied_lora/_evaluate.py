@@ -1,0 +1,311 @@
+"""The evaluator: runs a jaxpr in which some values are symbolic weights.
+
+The loop only. What an operation does with a weight is a rule (`_rules/`); equations that touch no
+weight run as they are. Follows `jax.core.eval_jaxpr`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
+from jax.extend.core import Literal as Constant
+
+from flax_tied_lora import _rules
+from flax_tied_lora._factor import Cost
+from flax_tied_lora._provenance import Provenance
+from flax_tied_lora._sites import LOOKUP, OTHER, CallSite, Read, module_scope
+from flax_tied_lora._weight import LowRank, Term, Weight
+
+OnDense = Literal["warn", "error", "allow"]
+
+
+class DensifyWarning(UserWarning):
+    """A weight and its delta were added up into one array, at the cost of that array."""
+
+
+class DensifyError(ValueError):
+    """The same, refused: ``on_dense="error"``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafInfo:
+    """What is known of an adapted leaf: which of its axes are rows, columns and batch.
+
+    Attributes:
+      rows, cols, batch: axes in the leaf's own layout.
+      is_table: rows are picked from it by index.
+    """
+
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+    is_table: bool = False
+
+
+@dataclasses.dataclass
+class Context:
+    """What rules may ask of the evaluation that they are part of.
+
+    Attributes:
+      on_dense: what to do where a weight has to be added up.
+      leaves: what is known of each leaf.
+      reads: the call sites met so far, in program order.
+      memo: inner programs that were rebuilt already.
+      outside: the name stack outside of the program evaluated.
+      here: the name stack of the current equation within it.
+      provenance: where the values of the program evaluated come from.
+      shown: the names of leaves for which this program has stand-ins.
+    """
+
+    on_dense: OnDense = "warn"
+    leaves: Mapping[str, LeafInfo] = dataclasses.field(default_factory=dict)
+    reads: list[Read] = dataclasses.field(default_factory=list)
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    outside: str = ""
+    here: str = ""
+    provenance: Provenance = dataclasses.field(default_factory=Provenance)
+    shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    # Running
+
+    def run(self, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+        """Returns the outputs of an equation on arrays, run as it stands."""
+        return run(eqn, operands)
+
+    def apply(self, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+        """Returns the outputs of an equation on arrays and weights."""
+        if any(isinstance(x, Weight) for x in operands):
+            return _rules.apply(self, eqn, operands)
+        return run(eqn, operands)
+
+    def evaluate(self, function: Callable[..., Any], *operands: Any) -> Any:
+        """Returns ``function(*operands)``, weights among the operands staying symbolic in it."""
+        avals = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Weight) else x for x in operands
+        ]
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*avals)
+        inner = self.inside(reads := [], Provenance())
+        outputs = evaluate(inner, closed.jaxpr, closed.consts, operands)
+        self.met(reads)
+        dense = [self.returned(x) if isinstance(x, Weight) else x for x in outputs]
+        return jax.tree.unflatten(jax.tree.structure(shape), dense)
+
+    def inside(self, reads: list[Read], provenance: Provenance, **changes: Any) -> Context:
+        """Returns the context of a program inside the current equation, with reads of its own."""
+        return dataclasses.replace(
+            self, reads=reads, outside=self.full_scope, here="", provenance=provenance, **changes
+        )
+
+    def met(self, reads: Sequence[Read]) -> None:
+        """Takes over the call sites of a program inside the current equation."""
+        for read in reads:
+            scope = module_scope(self.here, read.site.scope)
+            self.reads.append(
+                dataclasses.replace(read, site=dataclasses.replace(read.site, scope=scope))
+            )
+
+    @property
+    def full_scope(self) -> str:
+        return "/".join(s for s in (self.outside, self.here) if s)
+
+    # Knowing
+
+    def stays_weight(self, weight: Weight, indexed: Sequence[int]) -> bool:
+        """Returns whether indexing these axes picks whole weights (layers, experts), not rows."""
+        for origin in weight.origins:
+            touched = origin.on_leaf(indexed)
+            info = self.leaves.get(origin.leaf)
+            if info is None:
+                # Nothing is known while a leaf's axes are being found out: what is picked from a
+                # leaf of three axes or more may still be multiplied with.
+                if len(weight.shape) < 3:
+                    return False
+            elif not set(touched) <= set(info.batch):
+                return False
+        return True
+
+    def picks_rows(self, weight: Weight, summed: Sequence[int], operand: Var) -> bool:
+        """Returns whether a product with a weight is a lookup: over a table's rows, or one-hot."""
+        if self.provenance.is_one_hot(operand):
+            return True
+        for origin in weight.origins:
+            info = self.leaves.get(origin.leaf)
+            axes = origin.on_leaf(summed)
+            if info is not None and info.is_table and axes and set(axes) <= set(info.rows):
+                return True
+        return False
+
+    def varying_axes(self, operand: Var) -> tuple[int, ...]:
+        """Returns the axes along which an operand may vary; it is constant along the others."""
+        return self.provenance.varying_axes(operand)
+
+    # Reading
+
+    def read(
+        self, eqn: JaxprEqn, weight: Weight, role: Any, *,
+        rows: Sequence[int] = (), cols: Sequence[int] | None = None, batch: Sequence[int] = (),
+    ) -> tuple[tuple[Term, ...], Callable[[Cost], None]]:  # fmt: skip
+        """Returns the terms that are there for a call site, and a function to report its cost with.
+
+        Args:
+          rows, cols, batch: axes of the weight; ``cols`` is all others by default.
+        """
+        if cols is None:
+            cols = [i for i in range(len(weight.shape)) if i not in (*rows, *batch)]
+        terms = weight.at(role, module_scope(self.full_scope))
+        groups = tuple(dict.fromkeys(t.group for t in terms if isinstance(t, LowRank)))
+        cost = Cost()
+        for origin in weight.origins:
+            dims: dict[str, Any] = {}
+            if role != OTHER:
+                dims = {"rows": rows, "cols": cols, "batch": batch}
+                dims = {name: origin.on_leaf(axes) for name, axes in dims.items()}
+            operation, scope = eqn.primitive.name, module_scope(self.here)
+            kind = role
+            if role == OTHER and origin.picked:
+                # What was picked went elsewhere than into a product: it was a lookup after all.
+                left = tuple(x for held in origin.axes for x in held if x not in origin.picked)
+                operation, kind = origin.picked_by, LOOKUP
+                dims = {"rows": origin.picked, "cols": tuple(sorted(set(left)))}
+            site = CallSite(origin.leaf, operation, scope=scope, role=kind, **dims)
+            self.reads.append(Read(site, "low rank" if groups else "plain", groups))
+        index = len(self.reads) - 1
+
+        def report(spent: Cost) -> None:
+            cost.flops += spent.flops
+            cost.bytes += spent.bytes
+            self.reads[index] = dataclasses.replace(
+                self.reads[index], flops=cost.flops, bytes=cost.bytes
+            )
+
+        return terms, report
+
+    def dense(self, eqn: JaxprEqn, weight: Weight) -> Any:
+        """Returns a weight added up, and reports it unless there is nothing to add."""
+        terms = weight.at(OTHER, module_scope(self.full_scope))
+        if _is_plain(weight, terms):
+            self.read(eqn, weight, OTHER)
+        else:
+            self.added_up(eqn.primitive.name, weight, terms)
+        return weight.dense(terms)
+
+    def returned(self, weight: Weight) -> Any:
+        """Returns a weight added up because the function hands it back."""
+        terms = weight.at(OTHER, module_scope(self.full_scope))
+        if not _is_plain(weight, terms):
+            self.added_up("return", weight, terms)
+        return weight.dense(terms)
+
+    def added_up(self, operation: str, weight: Weight, terms: Sequence[Term]) -> None:
+        """Reports that terms of a weight are added up into an array of its size, or refuses it."""
+        groups = tuple(dict.fromkeys(t.group for t in terms if isinstance(t, LowRank)))
+
+        def read(leaf: str, scope: str) -> Read:
+            site = CallSite(leaf, operation, scope=module_scope(scope), role=OTHER)
+            return Read(site, "dense", groups, 0, _bytes(weight))
+
+        self.reads += [read(o.leaf, self.here) for o in weight.origins]
+        if self.on_dense == "error":
+            leaf = weight.origins[0].leaf
+            raise DensifyError(densified(read(self.shown.get(leaf, leaf), self.full_scope)))
+
+
+def _is_plain(weight: Weight, terms: Sequence[Term]) -> bool:
+    return len(terms) == 1 and terms[0].whole and weight.scale is None
+
+
+def _bytes(weight: Weight) -> int:
+    size = jax.numpy.dtype(weight.dtype).itemsize
+    for n in weight.shape:
+        size *= n
+    return size
+
+
+def densified(read: Read) -> str:
+    """Returns the message for a call site that had its weight added up."""
+    site = read.site
+    where = f" in {site.scope!r}" if site.scope else ""
+    what = (
+        "hands it back" if site.operation == "return"
+        else f"is read by {site.operation!r}{where}, for which there is no low-rank rule"
+    )  # fmt: skip
+    return (
+        f"adapt: {site.leaf!r} {what}; the weight and its delta were added up into one array of "
+        f"{read.bytes:,} bytes. Take it out of target_modules, write a rule (register_rule), or "
+        'accept the cost with on_dense="allow"'
+    )
+
+
+def warn_of_dense(reads: Sequence[Read]) -> None:
+    """Warns once for each call site that had its weight added up."""
+    for read in dict.fromkeys(r for r in reads if r.served == "dense"):
+        warnings.warn(densified(read), DensifyWarning, stacklevel=3)
+
+
+def run(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of one equation, run as it stands by `jax.extend.core.jaxpr_as_fun`."""
+    seen: dict[Var, Any] = {}
+    invars: list[Any] = []
+    for var, operand in zip(eqn.invars, operands, strict=True):
+        if isinstance(var, Constant):
+            invars.append(var)
+        else:
+            seen[var] = operand
+            invars.append(var)
+    info = DebugInfo("tied_lora.run", eqn.primitive.name, None, None)
+    one = Jaxpr((), list(seen), list(eqn.outvars), [eqn], eqn.effects, info)
+    return jaxpr_as_fun(ClosedJaxpr(one, ()))(*seen.values())
+
+
+def evaluate(
+    context: Context, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
+) -> list[Any]:
+    """Returns the outputs of a jaxpr; arguments and outputs are arrays or weights."""
+    env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    context.provenance.enter(jaxpr)
+    last_use = _last_uses(jaxpr)
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, Constant) else env[var]
+
+    for index, eqn in enumerate(jaxpr.eqns):
+        operands = [read(v) for v in eqn.invars]
+        if any(isinstance(x, Weight) for x in operands):
+            context.here = str(eqn.source_info.name_stack)
+            folded = [x.fold(index) if isinstance(x, Weight) else x for x in operands]
+            with eqn.ctx.manager, _named(context.here):
+                outputs = _rules.apply(context, eqn, folded)
+            context.here = ""
+        else:
+            outputs = run(eqn, operands)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+        for var in last_use.get(index, ()):
+            env.pop(var, None)
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _named(scope: str) -> contextlib.AbstractContextManager[Any]:
+    return jax.named_scope(scope) if scope else contextlib.nullcontext()
+
+
+def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
+    """Returns, for each equation, the variables that nothing after it reads."""
+    last: dict[Var, int] = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        for var in (*eqn.invars, *eqn.outvars):
+            if isinstance(var, Var):
+                last[var] = index
+    for var in jaxpr.outvars:
+        if isinstance(var, Var):
+            last.pop(var, None)
+    uses: dict[int, list[Var]] = {}
+    for var, index in last.items():
+        uses.setdefault(index, []).append(var)
+    return uses

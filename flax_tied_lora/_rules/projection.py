@@ -1,0 +1,231 @@
+"""Operations that multiply data with a weight: the delta is served by two thin products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from flax_tied_lora._factor import (
+    RANK,
+    Axis,
+    Cost,
+    Factor,
+    MixedAxesError,
+    accumulator,
+    contract,
+    times_chain,
+)
+from flax_tied_lora._rules import rule
+from flax_tied_lora._sites import LOOKUP, PROJECTION
+from flax_tied_lora._weight import LowRank, Term, Weight, add
+
+
+def serve(
+    context: Any, eqn: Any, weight: Weight, x: Any, terms: Sequence[Term],
+    dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Cost, Any], Array],
+    read: Any,
+) -> Array:  # fmt: skip
+    """Returns the sum over terms of a product with data, cast once to the equation's dtype.
+
+    Args:
+      dense: the product with an array of the weight's shape.
+      low_rank: the product with a delta; called with the term, the data, the cost to add to, and
+        the sharding that the result must have, or None.
+    """
+    aval, accumulate = eqn.outvars[0].aval, accumulator(eqn.outvars[0].aval.dtype)
+    cost, parts = Cost(), []
+    for term in terms:
+        if isinstance(term, LowRank):
+            _refuse_backward(context, term)
+            data = x if isinstance(x, Weight) or term.key is None else dropped(term, x)
+            sharding = _explicit(parts[0]) if parts else None
+            parts.append(low_rank(term, data, cost, sharding))
+        else:
+            if not term.whole:
+                context.added_up(eqn.primitive.name, weight, [term])
+            parts.append(dense(term.dense(weight.shape, weight.dtype)))
+    read(cost)
+    if len(parts) == 1 and parts[0].dtype == aval.dtype:
+        return parts[0]
+    out = add([lax.convert_element_type(p, accumulate) for p in parts])
+    return lax.convert_element_type(out, aval.dtype)
+
+
+def _explicit(array: Array) -> Any:
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    return sharding if sharding is not None and any(sharding.spec) else None
+
+
+def _refuse_backward(context: Any, term: Term) -> None:
+    """Refuses dropout in a differentiated program: its backward pass would draw other masks."""
+    if isinstance(term, LowRank) and term.key is not None and "transpose(" in context.full_scope:
+        raise ValueError(
+            f"adapt: dropout is on, and {term.group!r} is read in the backward pass of a function "
+            "that was differentiated before it was adapted, where the masks of the forward pass "
+            "are not known. Differentiate the adapted function instead, as in "
+            "tied_lora.value_and_grad, or turn dropout off with adapted.eval()"
+        )
+
+
+def dropped(term: LowRank, x: Array) -> Array:
+    """Returns data with dropout, on its way to a delta (``peft.tuners.lora.layer.Linear``)."""
+    keep = 1.0 - term.dropout
+    assert term.key is not None
+    mask = jax.random.bernoulli(term.key, keep, x.shape)
+    return lax.select(mask, x / jnp.array(keep, x.dtype), jnp.zeros_like(x))
+
+
+@rule("dot_general")
+def dot_general(context, eqn, lhs, rhs):
+    (contracting, batching) = eqn.params["dimension_numbers"]
+    first = isinstance(lhs, Weight)
+    weight, x, var = (lhs, rhs, eqn.invars[1]) if first else (rhs, lhs, eqn.invars[0])
+    own, other = (0, 1) if first else (1, 0)
+    summed, batch = contracting[own], batching[own]
+    names = _names(x, contracting[other], batching[other], summed, batch)
+    free = [i for i in range(len(weight.shape)) if i not in (*summed, *batch)]
+    rest = [n for n in names if isinstance(n, str)]
+    order = (*batch, *free, *rest) if first else (*batch, *rest, *free)
+
+    role = LOOKUP if context.picks_rows(weight, summed, var) else PROJECTION
+    scale = weight.scale
+    scaled = set() if scale is None else set(scale.axes)
+    if not (scaled <= {*summed, *batch} or scaled <= {*free, *batch}):
+        raise MixedAxesError
+    terms, read = context.read(eqn, weight, role, rows=summed, cols=free, batch=batch)
+    params = {k: eqn.params[k] for k in ("precision", "out_sharding")}
+    accumulate = accumulator(eqn.outvars[0].aval.dtype)
+    if not isinstance(params["precision"], (type(None), tuple, lax.Precision)):
+        accumulate = eqn.outvars[0].aval.dtype  # a named algorithm says itself what it adds up in
+
+    before = bool(scaled & set(summed))
+    if scale is not None and before:
+        x = _scaled(x, names, scale)
+
+    def dense(array: Array) -> Array:
+        if isinstance(x, Weight):
+            operands = [array, x] if first else [x, array]
+            return context.apply(eqn, operands)[0]
+        pair = (array, x) if first else (x, array)
+        kind = accumulate if len(terms) > 1 else eqn.params["preferred_element_type"]
+        return lax.dot_general(
+            *pair, eqn.params["dimension_numbers"], **params, preferred_element_type=kind
+        )
+
+    def low_rank(term: LowRank, data: Any, cost: Cost, sharding: Any) -> Array:
+        options = {"accumulate": accumulate, "precision": params["precision"]}
+        shape = eqn.outvars[0].aval.shape
+        if isinstance(data, Weight):
+            return between(term, data, names, order, shape, cost, **options)
+        out = chain(term, data, names, order, cost, **options, out_sharding=sharding)
+        return out.spread(order, shape)
+
+    if role == LOOKUP:
+        for term in terms:
+            # The transpose of a projection reads as a lookup: rows are summed over.
+            _refuse_backward(context, term)
+        terms = tuple(without_dropout(t) for t in terms)
+    out = serve(context, eqn, weight, x, terms, dense, low_rank, read)
+    if scale is not None and not before:
+        aval = eqn.outvars[0].aval
+        wide = lax.convert_element_type(out, accumulate) * scale.astype(accumulate).spread(
+            order, aval.shape
+        )
+        out = lax.convert_element_type(wide, aval.dtype)
+    return [out]
+
+
+def without_dropout(term: Term) -> Term:
+    if isinstance(term, LowRank):
+        return LowRank(term.a, term.b, term.scaling, None, term.group, term.sites)
+    return term
+
+
+def _names(x: Any, contracted: Sequence[int], batched: Sequence[int], summed: Any, batch: Any):
+    """Returns labels for data's axes: the weight axis that each is paired with, or its own."""
+    paired = dict(zip((*contracted, *batched), (*summed, *batch), strict=True))
+    return tuple(paired.get(i, f"x{i}") for i in range(len(x.shape)))
+
+
+def _scaled(x: Any, names: Sequence[Axis], scale: Factor) -> Any:
+    if isinstance(x, Weight):
+        return x.with_scale(scale.relabel(names.index))
+    return Factor(x, tuple(names)).times(scale).array
+
+
+def chain(
+    term: LowRank, data: Array, names: Sequence[Axis], order: Sequence[Axis], cost: Cost, *,
+    accumulate: Any, precision: Any, out_sharding: Any = None,
+) -> Factor:  # fmt: skip
+    """Returns the product of data with a delta, factor by factor, in the cheaper order.
+
+    Args:
+      names: a label for each axis of the data: the weight axis that it is paired with, or its own.
+      order: the labels of the result's axes.
+      out_sharding: of the result.
+    """
+    dtype = data.dtype
+    # An axis that neither factor has is one along which the delta is constant.
+    own = {*term.a.axes, *term.b.axes, *order}
+    lone = tuple(i for i, n in enumerate(names) if n not in own)
+    if lone:
+        total = jnp.sum(lax.convert_element_type(data, accumulate), axis=lone)
+        data = lax.convert_element_type(total, dtype)
+    x = Factor(data, tuple(n for n in names if n in own))
+    near, far = (term.a, term.b) if times_chain(x, term.a, term.b, order) else (term.b, term.a)
+    near, far = near.astype(dtype), far.astype(dtype)
+    options = {"accumulate": accumulate, "precision": precision, "cost": cost}
+    hidden = contract(x, near, (*order, *far.axes), **options)
+    scaled = hidden.array * lax.convert_element_type(term.scaling, accumulate)
+    hidden = Factor(lax.convert_element_type(scaled, dtype), hidden.axes)
+    wanted = tuple(n for n in order if n in hidden.axes or n in far.axes)
+    pair = (far, hidden) if _product_axes(far, hidden, order) == wanted else (hidden, far)
+    full = out_sharding if _product_axes(*pair, order) == tuple(order) else None
+    return contract(*pair, order, **options, out_sharding=full)
+
+
+def _product_axes(lhs: Factor, rhs: Factor, keep: Sequence[Axis]) -> tuple[Axis, ...]:
+    shared = [a for a in lhs.axes if a in rhs.axes]
+    return (
+        *(a for a in shared if a in keep),
+        *(a for a in (*lhs.axes, *rhs.axes) if a not in shared),
+    )
+
+
+def between(
+    term: LowRank, weight: Weight, names: Sequence[Axis], order: Sequence[Axis],
+    shape: tuple[int, ...], cost: Cost, *, accumulate: Any, precision: Any,
+) -> Array:  # fmt: skip
+    """Returns the product of another weight with a delta: the nearer factor meets it first."""
+    options = {"accumulate": accumulate, "precision": precision, "cost": cost}
+    near, far = (term.a, term.b) if set(names) & set(term.a.axes) else (term.b, term.a)
+    summed = {n for n in names if n not in order}
+    parts = []
+    for part in weight.folded().terms:
+        if isinstance(part, LowRank):
+            varying = {names[n] for f in (part.a, part.b) for n in f.axes if n != RANK}
+        else:
+            varying = set(names)
+        if not summed <= varying & {*near.axes, *far.axes}:
+            raise MixedAxesError  # summed over an axis along which one of the two is constant
+        if isinstance(part, LowRank):
+            inner = [
+                Factor(f.array, tuple("rank of x" if n == RANK else names[n] for n in f.axes))
+                for f in (part.a, part.b)
+            ]
+            hit = 0 if set(inner[0].axes) & set(near.axes) else 1
+            factors, scaling = [inner[hit], near, inner[1 - hit], far], part.scaling * term.scaling
+        else:
+            array = part.dense(weight.shape, weight.dtype)
+            factors, scaling = [Factor(array, tuple(names)), near, far], term.scaling
+        product, *others = (f.astype(accumulate) for f in factors)
+        for i, factor in enumerate(others, 1):
+            later = {n for f in others[i:] for n in f.axes}
+            product = contract(product, factor, {*order, *later}, **options)
+        scaling = lax.convert_element_type(scaling, accumulate)
+        parts.append(Factor(product.array * scaling, product.axes).spread(order, shape))
+    return add(parts)

@@ -1,0 +1,286 @@
+"""The symbolic weight: a matrix kept as its parts while the model is traced, never added up.
+
+A `Weight` is an optional scale times a sum of terms. A `Term` is one part: `Dense`, the frozen
+array; `LowRank`, a delta as its two factors. A later kind of adapter is one more subclass of
+`Term`: it says how it is rearranged and how it is added up, and registers what it can do better
+than being added up with the rules (`_rules/`).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from flax_tied_lora._factor import (
+    RANK,
+    Axis,
+    Cost,
+    Factor,
+    MixedAxesError,
+    accumulator,
+    contract,
+    pytree,
+)
+
+
+class Term(abc.ABC):
+    """One part of a symbolic weight.
+
+    Attributes:
+      whole: whether the term is an array of the weight's shape as it stands, so that adding it up
+        costs nothing and is nothing to report.
+    """
+
+    whole: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def rearrange(self, run: Callable[[Array], Array], move: Callable[[Factor], Factor]) -> Term:
+        """Returns the term after a rearranging operation.
+
+        Args:
+          run: the operation, on an array of the weight's shape.
+          move: the operation, on an array that has only some of the weight's axes.
+
+        Raises:
+          MixedAxesError: the parts cannot follow the operation.
+        """
+
+    @abc.abstractmethod
+    def dense(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Returns the term added up: an array of the weight's shape."""
+
+    @abc.abstractmethod
+    def times(self, scale: Factor) -> Term:
+        """Returns the term with a scale over some of the weight's axes multiplied in."""
+
+    def applies_to(self, role: str, scope: str) -> bool:
+        """Returns whether the term is there for a call site."""
+        return True
+
+    def fold(self, data: Any) -> Term:
+        """Returns the term with its random key, if it has one, folded for a place or a step.
+
+        A vector of steps makes a key for each.
+        """
+        return self
+
+
+@pytree()
+class Dense(Term):
+    """A frozen array of the weight's shape. Operations on it are those of the unadapted model."""
+
+    whole: ClassVar[bool] = True
+
+    array: Array
+
+    def rearrange(self, run, move):
+        return Dense(run(self.array))
+
+    def dense(self, shape, dtype):
+        return lax.convert_element_type(self.array, dtype)
+
+    def times(self, scale):
+        array = self.array
+        return Dense(array * scale.astype(array.dtype).spread(range(array.ndim), array.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteFilter:
+    """The call sites that a term is for: by role, by module scope, or both."""
+
+    role: str | None = None
+    scope: str | None = None
+
+    def __call__(self, role: str, scope: str) -> bool:
+        if self.role not in (None, role):
+            return False
+        return self.scope is None or f"/{self.scope}/" in f"/{scope}/"
+
+
+@pytree("group", "sites", "dropout")
+class LowRank(Term):
+    """A delta ``scaling * (a . b)``, the product being over the rank axis.
+
+    A weight axis that only ``a`` has is a row axis, one that only ``b`` has a column axis, one that
+    both have a batch axis (stacked layers, experts).
+
+    Attributes:
+      a, b: the factors.
+      scaling: scalar.
+      key: for dropout on what is multiplied with the weight; None for none.
+      group: key of the tie group that the factors belong to.
+      sites: the call sites that the term is for; None for all.
+      dropout: rate, in [0, 1).
+    """
+
+    a: Factor
+    b: Factor
+    scaling: Array
+    key: Array | None
+    group: str
+    sites: SiteFilter | None = None
+    dropout: float = 0.0
+
+    def rearrange(self, run, move):
+        return dataclasses.replace(self, a=move(self.a), b=move(self.b))
+
+    def product(
+        self, order: Sequence[Axis], shape: tuple[int, ...], dtype: Any, cost: Cost
+    ) -> Array:
+        """Returns the delta added up, its axes in the given order, products added up in float32."""
+        accumulate = accumulator(dtype)
+        a, b = self.a.ordered((*order, RANK)), self.b.ordered((RANK, *order))
+        out = contract(
+            a.astype(accumulate), b.astype(accumulate), order, accumulate=accumulate, cost=cost
+        )
+        return out.spread(order, shape) * lax.convert_element_type(self.scaling, accumulate)
+
+    def dense(self, shape, dtype):
+        return lax.convert_element_type(
+            self.product(range(len(shape)), shape, dtype, Cost()), dtype
+        )
+
+    def times(self, scale):
+        for field in ("a", "b"):
+            factor: Factor = getattr(self, field)
+            if set(scale.axes) <= set(factor.axes):
+                return dataclasses.replace(self, **{field: factor.times(scale)})
+        raise MixedAxesError
+
+    def applies_to(self, role, scope):
+        return self.sites is None or self.sites(role, scope)
+
+    def fold(self, data):
+        if self.key is None:
+            return self
+        fold_in = (
+            jax.random.fold_in if jnp.ndim(data) == 0 else jax.vmap(jax.random.fold_in, (None, 0))
+        )
+        return dataclasses.replace(self, key=fold_in(self.key, data))
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A leaf that a weight came from, and for each axis of the weight the leaf axes it holds.
+
+    Attributes:
+      picked: leaf axes that were indexed on the way, where that may still turn out to be a lookup.
+      picked_by: the operation that did.
+    """
+
+    leaf: str
+    axes: tuple[tuple[int, ...], ...]
+    picked: tuple[int, ...] = ()
+    picked_by: str = ""
+
+    def on_leaf(self, axes: Iterable[int]) -> tuple[int, ...]:
+        """Returns the leaf axes that some axes of the weight hold."""
+        return tuple(sorted({x for i in axes for x in self.axes[i]}))
+
+
+@pytree("shape", "dtype", "origins")
+class Weight:
+    """A symbolic weight: ``scale * (term + term + ...)``.
+
+    Attributes:
+      terms: its parts.
+      scale: a factor over some of its axes, or None.
+      shape, dtype: of the array that it stands for.
+      origins: the leaves that it came from.
+    """
+
+    terms: tuple[Term, ...]
+    scale: Factor | None
+    shape: tuple[int, ...]
+    dtype: Any
+    origins: tuple[Origin, ...]
+
+    @classmethod
+    def of(cls, dense: Array, deltas: Sequence[Term], origins: Sequence[Origin]) -> Weight:
+        """Returns the weight that is a dense array plus deltas of its shape."""
+        terms = (Dense(dense), *deltas)
+        return cls(terms, None, tuple(dense.shape), dense.dtype, tuple(dict.fromkeys(origins)))
+
+    def replace(self, **changes: Any) -> Weight:
+        return dataclasses.replace(self, **changes)
+
+    def parted(self) -> tuple[Array, tuple[Term, ...]]:
+        """Returns the dense terms added up, and the other terms. The scale must be folded."""
+        dense = [t.array for t in self.terms if isinstance(t, Dense)]
+        others = tuple(t for t in self.terms if not isinstance(t, Dense))
+        return add(dense) if dense else jnp.zeros(self.shape, self.dtype), others
+
+    def rearrange(
+        self, aval: Any, run: Callable[[Array], Array], move: Callable[[Factor], Factor],
+        axes: Sequence[Sequence[int]],
+    ) -> Weight:  # fmt: skip
+        """Returns the weight after an operation that only rearranges it.
+
+        Args:
+          aval: shape and dtype of the result.
+          run, move: as in `Term.rearrange`.
+          axes: for each axis of the result, the axes of this weight that it holds.
+
+        Raises:
+          MixedAxesError: a term cannot follow.
+        """
+        return Weight(
+            terms=tuple(term.rearrange(run, move) for term in self.terms),
+            scale=None if self.scale is None else move(self.scale),
+            shape=tuple(aval.shape),
+            dtype=aval.dtype,
+            origins=tuple(
+                dataclasses.replace(o, axes=tuple(o.on_leaf(held) for held in axes))
+                for o in self.origins
+            ),
+        )
+
+    def folded(self) -> Weight:
+        """Returns the same weight with its scale multiplied into the terms."""
+        if self.scale is None:
+            return self
+        return self.replace(terms=tuple(t.times(self.scale) for t in self.terms), scale=None)
+
+    def with_scale(self, scale: Factor) -> Weight:
+        """Returns the weight times a scale over some of its axes."""
+        if self.scale is None:
+            return self.replace(scale=scale)
+        cost, keep = Cost(), range(len(self.shape))
+        accumulate = accumulator(scale.array.dtype, self.scale.array.dtype)
+        product = contract(
+            self.scale.astype(accumulate), scale.astype(accumulate), keep,
+            accumulate=accumulate, cost=cost,
+        )  # fmt: skip
+        return self.replace(scale=product)
+
+    def at(self, role: str, scope: str) -> tuple[Term, ...]:
+        """Returns the terms that are there for a call site."""
+        return tuple(t for t in self.terms if t.applies_to(role, scope))
+
+    def fold(self, data: Any) -> Weight:
+        """Returns the weight with its terms' random keys folded for a place or a step."""
+        return self.replace(terms=tuple(t.fold(data) for t in self.terms))
+
+    def dense(self, terms: Sequence[Term] | None = None) -> Array:
+        """Returns the terms (default: all) added up, in float32 or wider, cast once at the end."""
+        terms = self.terms if terms is None else terms
+        if self.scale is None and len(terms) == 1 and isinstance(terms[0], Dense):
+            return terms[0].dense(self.shape, self.dtype)
+        accumulate = accumulator(self.dtype)
+        total = add([t.dense(self.shape, accumulate) for t in terms])
+        if self.scale is not None:
+            total *= self.scale.astype(accumulate).spread(range(len(self.shape)), self.shape)
+        return lax.convert_element_type(total, self.dtype)
+
+
+def add(arrays: Sequence[Array]) -> Array:
+    total = arrays[0]
+    for array in arrays[1:]:
+        total = total + array
+    return total
