@@ -1,3 +1,29 @@
 """LoRA for Flax models with tied weights: one delta wherever a shared matrix is read."""
 
+from flax_tied_lora._adapt import UnreadTargetWarning as UnreadTargetWarning
+from flax_tied_lora._adapt import adapt as adapt
+from flax_tied_lora._adapted import Adapted as Adapted
 from flax_tied_lora._config import LoraConfig as LoraConfig
+from flax_tied_lora._evaluate import DensifyError as DensifyError
+from flax_tied_lora._evaluate import DensifyWarning as DensifyWarning
+from flax_tied_lora._explain import Explanation as Explanation
+from flax_tied_lora._explain import NotTiedError as NotTiedError
+from flax_tied_lora._explain import explain as explain
+from flax_tied_lora._merge import base as base
+from flax_tied_lora._merge import merge as merge
+from flax_tied_lora._paths import TiedLeaf as TiedLeaf
+from flax_tied_lora._plan import GroupPlan as GroupPlan
+from flax_tied_lora._plan import Plan as Plan
+from flax_tied_lora._rules import register_rule as register_rule
+from flax_tied_lora._sites import CallSite as CallSite
+from flax_tied_lora._sites import CallSites as CallSites
+from flax_tied_lora._sites import Read as Read
+from flax_tied_lora._stack import adapter_axes as adapter_axes
+from flax_tied_lora._stack import stack as stack
+from flax_tied_lora._targets import UnmatchedTargetWarning as UnmatchedTargetWarning
+from flax_tied_lora._ties import Member as Member
+from flax_tied_lora._ties import TieGroup as TieGroup
+from flax_tied_lora._ties import find_ties as find_ties
+from flax_tied_lora._trace import trace as trace
+from flax_tied_lora._wrap import wrap as wrap
+from flax_tied_lora.train import value_and_grad as value_and_grad

@@ -1,0 +1,145 @@
+"""`adapt`: turns a function of params into one of adapted params."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._calls import Calls
+from flax_tied_lora._evaluate import Context, OnDense, evaluate, warn_of_dense
+from flax_tied_lora._merge import plain, weights_of
+from flax_tied_lora._paths import flatten
+from flax_tied_lora._sites import Read, numbered
+from flax_tied_lora._weight import LowRank, Weight
+
+
+class UnreadTargetWarning(UserWarning):
+    """An adapted leaf was read nowhere in a call."""
+
+
+def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[..., Any]:
+    """Returns a function like ``fn`` that takes an `Adapted` wherever ``fn`` took params.
+
+    The result equals that of ``fn`` on the merged params, values and gradients, without the merged
+    weights ever being made: ``fn`` is traced with plain params, and its program is evaluated with
+    each adapted weight as its parts. Only the adapted weights are traced. All other arguments reach
+    ``fn`` as they are, and results that are no arrays come back as they are. Inside `jax.jit`
+    this costs tracing only.
+
+    Args:
+      fn: any function of params: a model's ``apply``, a loss, a training step.
+      on_dense: what to do where a weight meets an operation without a low-rank rule and is added up
+        into one array: ``"warn"`` once for each such place, ``"error"``, or ``"allow"``.
+
+    Raises:
+      ValueError: the call has no `Adapted` among its arguments; or (`DensifyError`) a weight had to
+        be added up and ``on_dense="error"``.
+
+    Example::
+
+      apply = tied_lora.adapt(model.apply)
+      logits = apply({"params": adapted}, tokens)
+    """
+    if on_dense not in ("warn", "error", "allow"):
+        raise ValueError(f"adapt: on_dense={on_dense!r}; expected 'warn', 'error' or 'allow'")
+    if not callable(fn):
+        raise TypeError(f"adapt: expected a function, got {type(fn).__name__}")
+
+    @functools.wraps(fn, updated=())
+    def adapted_fn(*args: Any, **kwargs: Any) -> Any:
+        result, reads, adapteds = call(fn, on_dense, args, kwargs)
+        if on_dense == "warn":
+            warn_of_dense(numbered(reads))
+        _warn_of_unread(reads, adapteds)
+        return result
+
+    return adapted_fn
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Stands for an adapted leaf among a call's arguments while they are flattened."""
+
+    weight: Weight
+
+
+def _is_adapted(x: Any) -> bool:
+    return isinstance(x, Adapted)
+
+
+def call(
+    fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
+) -> tuple[Any, list[Read], list[Adapted]]:
+    """Returns what ``fn`` returns on adapted arguments, the call sites met, and the arguments."""
+    nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=_is_adapted)
+    places = [i for i, x in enumerate(nodes) if _is_adapted(x)]
+    adapteds = [nodes[i] for i in places]
+    if not adapteds:
+        kinds = ", ".join(sorted({type(x).__name__ for x in (*args, *kwargs.values())})) or "none"
+        raise ValueError(
+            f"adapt: no Adapted among the arguments (found {kinds}), so nothing would be adapted; "
+            "pass what wrap returns where the params went. A transformers Flax model needs it as "
+            "params=adapted"
+        )
+    context = Context(on_dense)
+    for number, (place, adapted) in enumerate(zip(places, adapteds, strict=True)):
+        nodes[place] = _with_slots(adapted, mark_of(number, adapteds), context)
+    leaves, treedef = jax.tree.flatten(jax.tree.unflatten(outer, nodes))
+    traced = [i for i, x in enumerate(leaves) if isinstance(x, _Slot)]
+    weights = [leaves[i].weight for i in traced]
+    calls = Calls(fn, treedef, leaves, traced)
+    closed, outputs = calls.jaxpr([_aval(w) for w in weights])
+    values = evaluate(context, closed.jaxpr, closed.consts, weights)
+    values = [context.returned(x) if isinstance(x, Weight) else x for x in values]
+    return outputs.filled(values), context.reads, adapteds
+
+
+def _with_slots(adapted: Adapted, mark: str, context: Context) -> Any:
+    leaves, _ = flatten(adapted.params)
+    weights = weights_of(adapted, leaves)
+    slots = {}
+    for group in adapted.plan.adapted:
+        for member in group.members:
+            weight = weights[member.path]
+            if mark:
+                named = tuple(dataclasses.replace(o, leaf=o.leaf + mark) for o in weight.origins)
+                terms = tuple(
+                    dataclasses.replace(t, group=t.group + mark) if isinstance(t, LowRank) else t
+                    for t in weight.terms
+                )
+                weight = weight.replace(origins=named, terms=terms)
+            context.leaves[member.path + mark] = group.info(member)  # type: ignore[index]
+            slots[member.path] = _Slot(weight)
+    return plain(adapted, slots)
+
+
+def _aval(weight: Weight) -> Any:
+    """Returns the aval of an adapted leaf, with the sharding that its array has."""
+    dense, _ = weight.parted()
+    return jax.typeof(dense)
+
+
+def mark_of(number: int, adapteds: Sequence[Adapted]) -> str:
+    """Returns what tells apart leaves of the same name in several adapted arguments."""
+    return f" (adapted argument {number})" if len(adapteds) > 1 else ""
+
+
+def _warn_of_unread(reads: Sequence[Read], adapteds: Sequence[Adapted]) -> None:
+    read = {r.site.leaf for r in reads}
+    for number, adapted in enumerate(adapteds):
+        mark = mark_of(number, adapteds)
+        for group in adapted.plan.adapted:
+            if not read & {m.path + mark for m in group.members}:
+                warnings.warn(
+                    f"adapt: {group.key!r} is adapted and read nowhere in this call: its adapter "
+                    "has no effect here. Take it out of target_modules, or check that the model "
+                    "uses it",
+                    UnreadTargetWarning,
+                    stacklevel=3,
+                )

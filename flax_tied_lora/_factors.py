@@ -1,0 +1,187 @@
+"""The factors of a plan's groups: made, placed like their leaf, boxed like their leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from flax_tied_lora._factor import RANK
+from flax_tied_lora._paths import describe, is_tracer, path_name
+from flax_tied_lora._plan import GroupPlan, Plan
+
+DTYPE = jnp.float32
+
+
+def typed_key(what: str, rng: Any) -> jax.Array:
+    """Returns a random key in the form that `jax.random.key` makes.
+
+    Raises:
+      TypeError: it is no key.
+    """
+    dtype = getattr(rng, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return rng
+    if dtype == jnp.uint32:
+        return jax.random.wrap_key_data(rng)
+    found = f"a {type(rng).__name__}" if dtype is None else describe(rng)
+    raise TypeError(f"{what}: rng is {found}; expected a key, as jax.random.key(0) makes one")
+
+
+def key_number(name: str) -> int:
+    """Returns a number for a group key to fold into a random key: the same on every machine."""
+    return zlib.crc32(name.encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Factors that are made alike: in one go."""
+
+    shape: tuple[int, ...]
+    init: str  # "zeros", "normal" (deviation scale) or "uniform" (up to scale)
+    scale: float
+    sharding: Any
+
+
+def make_factors(
+    plan: Plan, leaves: Mapping[str, Any], boxes: Mapping[str, Any], rng: jax.Array
+) -> dict[str, dict[str, Any]]:
+    """Returns ``{group key: {"lora_a": ..., "lora_b": ...}}`` for a plan's adapted groups.
+
+    A kernel starts with random ``lora_a`` and zero ``lora_b``, a table with zero ``lora_a`` and
+    normal ``lora_b``, as ``peft.tuners.lora.layer.LoraLayer.reset_lora_parameters`` has it. A
+    factor of an abstract leaf is abstract, and one of a sharded leaf sharded: rows as its rows,
+    columns as its columns, rank replicated.
+
+    Args:
+      leaves: the params, by path.
+      boxes: boxes of those leaves that have one (`flax.core.meta.AxisMetadata`).
+      rng: each factor's random key is the group key and the factor's name folded into it, so the
+        order of targets never matters.
+    """
+    made: dict[_Kind, list[tuple[str, str]]] = {}
+    factors: dict[str, dict[str, Any]] = {group.key: {} for group in plan.adapted}
+    for group in plan.adapted:
+        for name, shape in group.factor_shapes().items():
+            leaf = leaves[group.key]
+            sharding = _sharding(leaf, group.factor_axes[name])
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                factors[group.key][name] = jax.ShapeDtypeStruct(shape, DTYPE, sharding=sharding)
+                continue
+            kind = _Kind(shape, *_init(plan, group, name), sharding)
+            made.setdefault(kind, []).append((group.key, name))
+    rng = _uncommitted(rng) if made else rng
+    for kind, places in made.items():
+        numbers = np.array([key_number(f"{key}/{name}") for key, name in places], np.uint32)
+        for (key, name), array in zip(places, _arrays(kind, rng, numbers), strict=True):
+            factors[key][name] = array
+    for group in plan.adapted:
+        if group.key in boxes:
+            pair = factors[group.key]
+            for name, axes in group.factor_axes.items():
+                pair[name] = _boxed(boxes[group.key], axes, pair[name])
+    return {key: {n: pair[n] for n in ("lora_a", "lora_b")} for key, pair in factors.items()}
+
+
+def _init(plan: Plan, group: GroupPlan, name: str) -> tuple[str, float]:
+    how = plan.config.init_lora_weights
+    # torch.nn.Linear's default, kaiming_uniform(a=sqrt(5)), is uniform up to 1 / sqrt(inputs).
+    inputs = math.prod(group.shape[a] for a in group.rows) if name == "lora_a" else group.rank
+    uniform = ("uniform", 1 / math.sqrt(inputs))
+    if how is False:
+        return ("normal", 1.0) if group.is_table else uniform
+    if name == ("lora_a" if group.is_table else "lora_b"):
+        return "zeros", 0.0
+    if group.is_table:
+        return "normal", 1.0
+    return ("normal", 1 / group.rank) if how == "gaussian" else uniform
+
+
+def _arrays(kind: _Kind, rng: jax.Array, numbers: np.ndarray) -> Sequence[Any]:
+    if is_tracer(rng) and kind.sharding is None:
+        return [_array(kind, rng, number) for number in numbers]
+    if kind.sharding is not None or len(numbers) == 1:
+        # Made in place: no device ever holds a factor that it does not own a part of.
+        make = _compiled(kind, stacked=False)
+        return [make(rng, number) for number in numbers]
+    # One by one, ten thousand factors would take seconds: made in one array, put in one go.
+    if kind.init == "zeros":
+        return jax.device_put(list(np.zeros((len(numbers), *kind.shape), DTYPE)))
+    return jax.device_put(list(np.asarray(_compiled(kind, stacked=True)(rng, numbers))))
+
+
+def _uncommitted(rng: jax.Array) -> jax.Array:
+    """Returns a key that may go wherever the factors are."""
+    if is_tracer(rng) or not rng.committed:
+        return rng
+    if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+        data = jnp.asarray(np.asarray(jax.random.key_data(rng)))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(rng))
+    return jnp.asarray(np.asarray(rng))
+
+
+def _array(kind: _Kind, rng: jax.Array, number: Any) -> jax.Array:
+    if kind.init == "zeros":
+        return jnp.zeros(kind.shape, DTYPE)
+    key = jax.random.fold_in(rng, number)
+    if kind.init == "normal":
+        return kind.scale * jax.random.normal(key, kind.shape, DTYPE)
+    return jax.random.uniform(key, kind.shape, DTYPE, -kind.scale, kind.scale)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(kind: _Kind, stacked: bool) -> Any:
+    """Returns the compiled maker of a kind: one for all calls of wrap, which compile only once."""
+    one = functools.partial(_array, kind)
+    make = jax.vmap(one, in_axes=(None, 0)) if stacked else one
+    return jax.jit(make, out_shardings=kind.sharding)
+
+
+def _sharding(leaf: Any, axes: Sequence[Any]) -> Any:
+    """Returns a factor's sharding: that of its leaf, axis by axis; None where there is none."""
+    sharding = None if is_tracer(leaf) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, jax.NamedSharding):
+        return None
+    return jax.NamedSharding(
+        sharding.mesh, jax.P(*_names(sharding.spec, axes)), memory_kind=sharding.memory_kind
+    )
+
+
+def _names(names: Any, axes: Sequence[Any]) -> list[Any]:
+    return [names[a] if a != RANK and a < len(names) else None for a in axes]
+
+
+def boxes_of(params: Any) -> dict[str, Any]:
+    """Returns the boxes of a params pytree by the path of the leaf that each holds."""
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, meta.AxisMetadata)
+
+    if not any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))):
+        return {}
+    pairs, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
+    )
+    return {path_name(p): x for p, x in pairs if isinstance(x, meta.AxisMetadata)}
+
+
+def _boxed(box: Any, axes: Sequence[Any], array: Any) -> Any:
+    if not hasattr(box, "names"):
+        raise ValueError(
+            f"wrap: a leaf is boxed in a {type(box).__name__}, which has no axis names; expected "
+            "flax.linen.Partitioned or LogicallyPartitioned. Unbox it with flax.linen.meta.unbox"
+        )
+    return dataclasses.replace(box, value=array, names=tuple(_names(box.names, axes)))
+
+
+def unboxed(factor: Any) -> Any:
+    """Returns the array of a factor, boxed or not."""
+    return factor.unbox() if isinstance(factor, meta.AxisMetadata) else factor

@@ -1,0 +1,17 @@
+"""The page of rules and the registry name the same primitives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from flax_tied_lora import _rules
+
+PAGE = Path(__file__).parents[2] / "docs" / "rules.md"
+
+
+def test_the_page_names_every_primitive_that_has_a_rule():
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[2])}
+    ours = {n for n, rule in _rules._RULES.items() if rule.__module__.startswith("flax_tied_lora")}
+    assert named == ours

@@ -1,0 +1,96 @@
+"""Plan: interned, hashable, JSON, pickling; axes and shapes of the factors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import jax
+import pytest
+
+import flax_tied_lora as tied_lora
+from flax_tied_lora import GroupPlan, LoraConfig, Member, Plan, TieGroup
+from tests.small_models import TOKENS, StackedLM, TiedLM, init, wrapped
+
+CONFIG = LoraConfig(r=2, target_modules=["embed"], rank_pattern={"a": 3})
+TABLE = GroupPlan(
+    (Member("embed/embedding"), Member("lm_head/kernel", True)), ("declared",), (12, 8), "float32",
+    rank=2, rows=(0,), cols=(1,), is_table=True, targets=("embed",),
+)  # fmt: skip
+STACKED = GroupPlan(
+    (Member("layers/q/kernel"),), (), (3, 8, 2, 4), "bfloat16", rank=3, rows=(1,),
+    cols=(2, 3), batch=(0,),
+)  # fmt: skip
+TIED_ONLY = GroupPlan((Member("a"), Member("b")), ("same array",), (8, 8), "float32")
+GROUPS = (TABLE, STACKED, TIED_ONLY)
+
+
+def test_equal_plans_are_one_object():
+    plan = Plan.of(GROUPS, CONFIG)
+    same = Plan.of(tuple(GROUPS), LoraConfig.from_dict(CONFIG.to_dict()))
+    assert same is plan
+    assert hash(same) == hash(plan)
+    assert Plan.of(GROUPS[:1], CONFIG) is not plan
+    assert Plan.of(GROUPS, LoraConfig(r=2, target_modules=["embed"])) != plan
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda plan: pickle.loads(pickle.dumps(plan)),
+        lambda plan: Plan.from_json(plan.to_json()),
+        lambda plan: Plan.from_json(json.dumps(json.loads(plan.to_json()))),
+    ],
+)
+def test_copies_are_the_same_object(again):
+    plan = Plan.of(GROUPS, CONFIG)
+    assert again(plan) is plan
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "{}", '{"format": 1}', '{"format": 2, "groups": [], "config": {}}',
+             '{"format": 1, "groups": [{}], "config": {}}',
+             '{"format": 1, "groups": [], "config": {"rank": 1}}']
+)  # fmt: skip
+def test_json_of_something_else(text):
+    with pytest.raises(ValueError, match="not the JSON of a plan"):
+        Plan.from_json(text)
+
+
+def test_factor_shapes():
+    assert TABLE.factor_shapes() == {"lora_a": (12, 2), "lora_b": (2, 8)}
+    assert STACKED.factor_shapes() == {"lora_a": (3, 8, 3), "lora_b": (3, 3, 2, 4)}
+
+
+def test_a_member_that_is_transposed_has_its_axes_turned():
+    info = TABLE.info(TABLE.members[1])
+    assert (info.rows, info.cols, info.batch, info.is_table) == ((1,), (0,), (), True)
+
+
+def test_groups_of_a_plan():
+    plan = Plan.of(GROUPS, CONFIG)
+    assert plan.adapted == (TABLE, STACKED)
+    assert TABLE.key == "embed/embedding"
+    assert TABLE.tie() == TieGroup(TABLE.members, ("declared",))
+    assert "3 groups" in repr(plan)
+    assert "target_modules=('embed',)" in repr(plan)
+
+
+def test_wrap_interns_its_plan():
+    params = init(TiedLM())
+    first, second = (wrapped(params, ["embed_tokens", "up"], seed=s) for s in (1, 2))
+    assert first.plan is second.plan
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert wrapped(params, ["embed_tokens"]).plan is not first.plan
+
+
+def test_plan_of_a_wrapped_model_round_trips():
+    model = StackedLM()
+    params = init(model)
+    sites = tied_lora.trace(model.apply, {"params": params}, TOKENS)
+    plan = wrapped(params, "all-linear", sites=sites).plan
+    assert Plan.from_json(plan.to_json()) is plan
+    assert pickle.loads(pickle.dumps(plan)) is plan
