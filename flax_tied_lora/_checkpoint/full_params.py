@@ -1,0 +1,122 @@
+"""Full params: each tie group is stored once, and is one array again when read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._checkpoint.record import orbax_args, read_record, write
+from flax_tied_lora._checkpoint.stored import (
+    CheckpointError,
+    absolute,
+    decode,
+    explained,
+    template_of,
+    without_boxes,
+)
+from flax_tied_lora._paths import flatten, is_marker, path_name
+from flax_tied_lora._plan import Plan
+from flax_tied_lora._ties import Member, TieGroup, find_ties
+
+
+def save_params(path: Any, params: Any, *, ties: Any = "auto") -> None:
+    """Saves full params as one checkpoint, with one copy of what is tied.
+
+    Orbax on its own stores an array that stands in two places twice, and restores two arrays.
+
+    Args:
+      path: directory to make; nothing is there under this name until all is written.
+      params: plain params; of an `Adapted`, its ``base`` or its ``merge``.
+      ties: as in `find_ties`; or the plan of an `Adapted`, for its groups. ``"auto"`` knows members
+        that are the same array; a transposed one has to be declared.
+
+    Raises:
+      CheckpointError: something exists at ``path``, or a leaf cannot be stored.
+      ValueError: a declared tie does not fit.
+
+    Example::
+
+      checkpoint.save_params("merged", tied_lora.merge(adapted), ties=adapted.plan)
+      params = checkpoint.restore_params("merged")
+    """
+    if isinstance(params, Adapted):
+        raise CheckpointError(
+            "save_params: params is an Adapted; save tied_lora.merge(adapted) for its params with "
+            "the adapters in them, tied_lora.base(adapted) for those without, or the adapters "
+            "alone with checkpoint.save"
+        )
+    if isinstance(ties, Plan):
+        ties = [group.tie() for group in ties.groups]
+    groups = [g for g in find_ties(params, ties) if len(g.members) > 1]
+    members = {m.path for g in groups for m in g.members[1:]}
+    leaves, treedef = flatten(params)
+    once = [None if name in members or is_marker(x) else x for name, x in leaves.items()]
+    facts = {"ties": [dataclasses.asdict(group) for group in groups]}
+    tree = without_boxes(jax.tree.unflatten(treedef, once))
+    write(path, orbax_args(facts, {"params": tree}))
+
+
+def restore_params(path: Any, target: Any = None, *, sharding: Any = None) -> Any:
+    """Returns params that `save_params` saved; members of a tie are the same array again.
+
+    A member that is the transpose of the array that is stored is a transposed copy of it, as no
+    array is both: wrap the params with ``ties=`` and there is one again.
+
+    Args:
+      path: what `save_params` wrote.
+      target: params of the same structure, abstract ones too: containers, boxes and shardings come
+        from there. None: nested dicts (lists for tuples), on the default device.
+      sharding: a `jax.sharding.Sharding` for all leaves, or a pytree like the params of shardings;
+        members of a tie go where the first of them goes.
+
+    Raises:
+      CheckpointError: no checkpoint, a missing or damaged file, a newer format, or a target that
+        does not fit.
+    """
+    path = absolute(path)
+    record, items = read_record(path, "ties")
+    with explained("restore_params: the ties cannot be read in", path):
+        groups = [
+            TieGroup(tuple(Member(**m) for m in g["members"]), tuple(g["found"]))
+            for g in record["ties"]
+        ]
+    of = {m.path: (g.key, m.transposed) for g in groups for m in g.members[1:]}
+    if target is None:
+        target = template_of(path / "params", items["params"])
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(target, is_leaf=lambda x: x is None)
+    names = [path_name(p) for p, _ in pairs]
+    _check_members(path, names, of)
+    leaves = [x for _, x in pairs]
+    if sharding is not None:
+        leaves = _placed(leaves, treedef, sharding, path)
+    once = [None if name in of else x for name, x in zip(names, leaves, strict=True)]
+    found = decode(path / "params", items["params"], jax.tree.unflatten(treedef, once))
+    read, _ = jax.tree.flatten(found, is_leaf=lambda x: x is None)
+    arrays = dict(zip(names, read, strict=True))
+    for name, (key, transposed) in of.items():
+        arrays[name] = arrays[key].T if transposed else arrays[key]
+    return jax.tree.unflatten(treedef, [arrays[name] for name in names])
+
+
+def _check_members(path: Any, names: list[str], of: dict[str, Any]) -> None:
+    missing = sorted(set(of) - set(names))
+    if missing:
+        raise CheckpointError(
+            f"restore_params: the target has no {missing[0]!r}, which {path} holds as a member of "
+            f"the tie group of {of[missing[0]][0]!r}; pass a target of the structure that was saved"
+        )
+
+
+def _placed(leaves: list[Any], treedef: Any, sharding: Any, path: Any) -> list[Any]:
+    if isinstance(sharding, jax.sharding.Sharding):
+        places = [sharding] * len(leaves)
+    else:
+        with explained("restore_params: sharding is not like the params of", path):
+            places = treedef.flatten_up_to(sharding)
+    return [
+        x if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        for x, place in zip(leaves, places, strict=True)
+    ]

@@ -1,0 +1,101 @@
+"""A checkpoint's record: its format, what it says about itself, and the listing of its items."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from flax_tied_lora._checkpoint.stored import CheckpointError, absolute, encode, explained
+
+FORMAT = 1
+_RECORD = "tied_lora"
+
+
+def orbax_args(facts: Mapping[str, Any], items: Mapping[str, Any]) -> ocp.args.Composite:
+    """Returns what to give Orbax to write a checkpoint.
+
+    Args:
+      facts: JSON, for the record.
+      items: pytrees by name; None where there is none.
+    """
+    listings: dict[str, Any] = {}
+    saves: dict[str, Any] = {}
+    for name, tree in items.items():
+        if tree is not None:
+            arrays, listings[name] = encode(name, tree)
+            if listings[name]:  # Orbax refuses to save nothing.
+                saves[name] = ocp.args.StandardSave(arrays)
+    record = {"format": FORMAT, **facts, "items": listings}
+    saves[_RECORD] = ocp.args.JsonSave({"record": record, "crc32": _crc32(record)})
+    return ocp.args.Composite(**saves)
+
+
+def write(path: Any, args: ocp.args.Composite) -> None:
+    """Writes a checkpoint; Orbax gives it its name when all is written."""
+    path = absolute(path)
+    if path.exists():
+        raise CheckpointError(
+            f"save: {path} exists already; name another directory, delete this one, or use a "
+            "Manager, which keeps the steps of a run side by side"
+        )
+    with (
+        explained("save: cannot write", path),
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+    ):
+        checkpointer.save(path, args=args)
+
+
+def read_record(path: epath.Path, *fields: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns a checkpoint's record, with these fields at least, and the listings of its items."""
+    if not path.exists():
+        raise CheckpointError(f"restore: {path} does not exist; check the path")
+    file = path / _RECORD / "metadata"
+    if not file.exists():
+        raise CheckpointError(_no_record(path, file))
+    with explained("restore: damaged record in", file, "restore another checkpoint"):
+        content = json.loads(file.read_text())
+        record, crc32 = content["record"], content["crc32"]
+        version = record["format"]
+        if isinstance(version, int) and version > FORMAT:
+            raise CheckpointError(
+                f"restore: {file} is of format {version}, this version of flax_tied_lora reads up "
+                f"to {FORMAT}; upgrade flax_tied_lora"
+            )
+        if _crc32(record) != crc32:
+            raise CheckpointError(
+                f"restore: {file} is damaged: its checksum is {_crc32(record)}, expected {crc32}. "
+                "Restore another checkpoint"
+            )
+    for field in fields:
+        if field not in record:
+            full = "ties" in record
+            holds = "full params; use restore_params" if full else "adapters; use restore"
+            raise CheckpointError(f"restore: {path} holds {holds}")
+    for item, listing in record["items"].items():
+        if listing and not (path / item).exists():
+            raise CheckpointError(
+                f"restore: {path / item} is missing, though the record lists it; restore another "
+                "checkpoint"
+            )
+    return record, record["items"]
+
+
+def _no_record(path: epath.Path, file: epath.Path) -> str:
+    names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    steps = [name for name in names if (path / name / _RECORD).exists()]
+    if steps:
+        return (
+            f"restore: {path} holds the steps {', '.join(steps)} of a run; open it with "
+            f"Manager, or restore {path / steps[-1]}"
+        )
+    found = f"found {', '.join(names[:5]) or 'nothing'}" if path.is_dir() else "it is a file"
+    return f"restore: {path} is no checkpoint of flax_tied_lora: no {file}; {found}"
+
+
+def _crc32(record: Any) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())

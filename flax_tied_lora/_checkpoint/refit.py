@@ -1,0 +1,102 @@
+"""A saved plan put on a base again: leaves checked, ties stored once, factors placed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._checkpoint.stored import CheckpointError, explained, without_boxes
+from flax_tied_lora._factors import boxes_of, make_factors
+from flax_tied_lora._paths import TiedLeaf, describe, flatten, is_marker, nearby
+from flax_tied_lora._plan import GroupPlan, Plan
+from flax_tied_lora._wrap import stored_once
+
+
+def fit(plan: Plan, params: Any, check_base: bool) -> tuple[Plan, Any]:
+    """Returns the plan and the params with each tie stored once.
+
+    Raises:
+      CheckpointError: a leaf of the plan is missing or of another shape; or of another dtype,
+        unless the base may be another: then the plan takes the dtype on.
+    """
+    if isinstance(params, Adapted):
+        raise CheckpointError(
+            "restore: params is an Adapted; expected the base, tied_lora.base(adapted)"
+        )
+    leaves, treedef = flatten(params)
+    groups = tuple(_fitted(group, leaves, check_base) for group in plan.groups)
+    plan = Plan.of(groups, plan.config)
+    return plan, stored_once(leaves, treedef, plan)
+
+
+def _fitted(group: GroupPlan, leaves: Mapping[str, Any], check_base: bool) -> GroupPlan:
+    dtype = group.dtype
+    if not check_base and hasattr(leaves.get(group.key), "dtype"):
+        dtype = str(leaves[group.key].dtype)
+    for member in group.members:
+        shape = group.shape[::-1] if member.transposed else group.shape
+        leaf = leaves.get(member.path)
+        if leaf is None:
+            near = ", ".join(map(repr, nearby(member.path, leaves)))
+            raise CheckpointError(
+                f"restore: the params have no {member.path!r} {dtype}{list(shape)}, which the "
+                f"checkpoint's plan names; leaves with such a name: {near}. Load the base as it "
+                "was for wrap"
+            )
+        if is_marker(leaf):
+            fits, found = leaf == TiedLeaf(group.key, member.transposed), repr(leaf)
+        else:
+            fits, found = tuple(leaf.shape) == shape and str(leaf.dtype) == dtype, describe(leaf)
+        if not fits:
+            raise CheckpointError(
+                f"restore: {member.path!r} is {found} in the params and {dtype}{list(shape)} in "
+                "the checkpoint's plan; load the base as it was for wrap"
+            )
+    return dataclasses.replace(group, dtype=dtype)
+
+
+def factor_templates(plan: Plan, params: Any, sharding: Any) -> dict[str, Any]:
+    """Returns abstract factors, boxed and placed like their leaf, or as ``sharding`` says."""
+    leaves, boxes = flatten(params)[0], boxes_of(params)
+    with explained("restore: factors cannot be placed:", f"sharding={sharding!r}"):
+        abstract = {
+            group.key: jax.ShapeDtypeStruct(
+                group.shape,
+                jnp.dtype(group.dtype),
+                sharding=_leaf_sharding(leaves[group.key], boxes.get(group.key), sharding),
+            )
+            for group in plan.adapted
+        }
+        factors = make_factors(plan, abstract, boxes, jax.random.key(0))
+        if sharding is None or isinstance(sharding, jax.sharding.Mesh):
+            return factors
+        if isinstance(sharding, jax.sharding.Sharding):
+            return jax.tree.map(lambda x: _on(x, sharding), factors)
+        plain = without_boxes(sharding)
+        plain = plain.get("lora", plain)
+        placed = jax.tree.map(_on, without_boxes(factors), plain)
+        return jax.tree.unflatten(jax.tree.structure(factors), jax.tree.leaves(placed))
+
+
+def _on(factor: Any, place: Any) -> Any:
+    sharding = place if isinstance(place, jax.sharding.Sharding) else place.sharding
+    return jax.ShapeDtypeStruct(factor.shape, factor.dtype, sharding=sharding)
+
+
+def _leaf_sharding(leaf: Any, box: Any, sharding: Any) -> Any:
+    own = getattr(leaf, "sharding", None)
+    own = own if isinstance(own, jax.NamedSharding) else None
+    if not isinstance(sharding, jax.sharding.Mesh):
+        return own
+    if own is not None:
+        return jax.NamedSharding(sharding, own.spec)
+    # Names of a box may be logical ones, which no mesh has.
+    names = getattr(box, "names", ())
+    return jax.NamedSharding(
+        sharding, jax.P(*(n if n in sharding.axis_names else None for n in names))
+    )

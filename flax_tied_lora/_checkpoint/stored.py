@@ -1,0 +1,247 @@
+"""Pytrees in an Orbax checkpoint: written with a listing, read back against it and a template."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.core import meta
+
+from flax_tied_lora._checkpoint.fingerprint import checksum, raw
+from flax_tied_lora._factors import unboxed
+from flax_tied_lora._paths import is_tracer
+
+_ANOTHER = "restore another checkpoint"
+_NUMBERS = (bool, int, float)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read as asked; nothing was changed."""
+
+
+@contextlib.contextmanager
+def explained(what: str, path: Any, remedy: str = "") -> Iterator[None]:
+    """Turns whatever goes wrong inside into a `CheckpointError` that names the path."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).split("[tensorstore_spec")[0].split("See full TensorStore")[0]
+        message = f"{what} {path}: {type(error).__name__}: {reason[:500].strip()}"
+        raise CheckpointError(f"{message}; {remedy}" if remedy else message) from error
+
+
+def absolute(path: Any) -> epath.Path:
+    """Returns a path as Orbax wants it; of a cloud bucket, too."""
+    return epath.Path(path).expanduser().resolve()
+
+
+def without_boxes(tree: Any) -> Any:
+    """Returns a pytree with the array of each box, `nnx.Variable` too, in place of the box."""
+    # Where flax.nnx is not imported there are no variables, and importing it takes a while.
+    variable = getattr(sys.modules.get("flax.nnx"), "Variable", ())
+
+    def is_box(x: Any) -> bool:
+        return isinstance(x, (meta.AxisMetadata, variable))
+
+    def value(x: Any) -> Any:
+        return x.get_value() if isinstance(x, variable) else unboxed(x)
+
+    return jax.tree.map(value, tree, is_leaf=is_box)
+
+
+def refuse_tracers(item: str, tree: Any) -> None:
+    """Raises a `CheckpointError` if one of a pytree's leaves is a tracer."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if is_tracer(leaf):
+            raise CheckpointError(
+                f"save: {item} leaf {_name(path)!r} is a tracer; save outside jax.jit and other "
+                "transformations"
+            )
+
+
+def encode(item: str, tree: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Returns a pytree as one of plain arrays, and its listing: ``{leaf name: what it is}``.
+
+    Boxes are taken off, typed random keys become their data, and numbers arrays. The listing has
+    each leaf's shape, dtype, kind and checksum: Orbax has checksums for its indices, not for data.
+
+    Raises:
+      CheckpointError: a leaf is nothing that can be stored, or is no longer there.
+    """
+    refuse_tracers(item, tree)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(without_boxes(tree))
+    listing: dict[str, dict[str, Any]] = {}
+    arrays = []
+    for path, leaf in pairs:
+        name = _name(path)
+        if name in listing:
+            raise CheckpointError(
+                f"save: two leaves of {item} are both named {name!r} in a checkpoint, where the "
+                "entries of a path are joined by '.'; rename a key that contains '.'"
+            )
+        _check_storable(item, name, leaf)
+        array = raw(leaf)
+        arrays.append(array if isinstance(array, jax.Array) else np.asarray(array))
+        listing[name] = {
+            "shape": list(np.shape(leaf)),
+            "dtype": _dtype(leaf),
+            "kind": _kind(leaf),
+            "checksum": checksum(array),
+        }
+        if array is not leaf and hasattr(leaf, "dtype"):
+            listing[name]["impl"] = str(jax.random.key_impl(leaf))
+    sums = jax.device_get([entry["checksum"] for entry in listing.values()])
+    for entry, total in zip(listing.values(), sums, strict=True):
+        entry["checksum"] = int(total)
+    return jax.tree.unflatten(treedef, arrays), listing
+
+
+def template_of(directory: epath.Path, listing: Mapping[str, Any]) -> Any:
+    """Returns a template for an item as it was saved: dicts, lists (tuples too) and leaves."""
+    with explained("restore: missing or damaged files in", directory, _ANOTHER):
+        stored = ocp.StandardCheckpointHandler().metadata(directory).tree
+        return jax.tree_util.tree_map_with_path(lambda p, _: _example(listing[_name(p)]), stored)
+
+
+def decode(directory: epath.Path, listing: Mapping[str, Any], template: Any) -> Any:
+    """Returns what `encode` was given, read from an item's directory into a template.
+
+    A leaf of the template that is committed to a sharding, or is a `jax.ShapeDtypeStruct` with one,
+    says where the leaf goes; others are read to the host, and go where JAX puts new arrays.
+
+    Raises:
+      CheckpointError: the template does not fit, or a file is missing or damaged.
+    """
+    item = directory.name
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(without_boxes(template))
+    wanted = {_name(path): leaf for path, leaf in pairs}
+    _check_fit(item, directory, listing, wanted)
+    if not wanted:
+        return template
+    request = jax.tree.unflatten(treedef, [_request(leaf) for leaf in wanted.values()])
+    with explained("restore: missing or damaged files in", directory, _ANOTHER):
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore(directory, args=ocp.args.StandardRestore(request))
+        found = jax.tree.leaves(tree)
+        sums = jax.device_get([checksum(array) for array in found])
+    for name, total in zip(wanted, sums, strict=True):
+        if int(total) != listing[name]["checksum"]:
+            raise CheckpointError(
+                f"restore: {item} leaf {name!r} in {directory} is damaged: its checksum is "
+                f"{int(total)}, expected {listing[name]['checksum']}. Restore another checkpoint"
+            )
+    leaves = [
+        _finish(leaf, array, listing[name])
+        for (name, leaf), array in zip(wanted.items(), found, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _name(path: Any) -> str:
+    """Returns a leaf's name in Orbax."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _kind(leaf: Any) -> str:
+    if isinstance(leaf, _NUMBERS):
+        return type(leaf).__name__
+    return "numpy" if isinstance(leaf, np.ndarray | np.generic) else "jax"
+
+
+def _dtype(leaf: Any) -> str:
+    return str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
+
+
+def _describe(shape: Any, dtype: str) -> str:
+    return f"{dtype}[{', '.join(map(str, shape))}]"
+
+
+def _check_storable(item: str, name: str, leaf: Any) -> None:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        problem = "abstract; expected an array"
+    elif isinstance(leaf, jax.Array):
+        if not leaf.is_deleted():
+            return
+        problem = "deleted: it was donated to a compiled function; save that function's result"
+    elif isinstance(leaf, (np.ndarray, np.generic, *_NUMBERS)):
+        if np.asarray(leaf).dtype.kind not in "OSUMm":
+            return
+        problem = f"of dtype {np.asarray(leaf).dtype}; expected numbers"
+    else:
+        problem = f"a {type(leaf).__name__}; expected an array or a number"
+    raise CheckpointError(f"save: {item} leaf {name!r} is {problem}")
+
+
+def _check_fit(
+    item: str, directory: epath.Path, listing: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    problems = [f"{name!r} is only in the checkpoint" for name in listing if name not in wanted]
+    problems += [f"{name!r} is not in the checkpoint" for name in wanted if name not in listing]
+    for name, leaf in wanted.items():
+        if name in listing:
+            saved = _describe(listing[name]["shape"], listing[name]["dtype"])
+            asked = _describe(np.shape(leaf), _dtype(leaf))
+            dtype = raw(leaf).dtype
+            if _kind(leaf) == "jax" and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+                problems.append(
+                    f"{name!r} is {saved}, which needs jax_enable_x64, or a NumPy array as template"
+                )
+            elif saved != asked:
+                problems.append(f"{name!r} is {saved} in the checkpoint and {asked} as asked for")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        remedy = {
+            "opt_state": "pass the optimizer, or a state of it, that was saved",
+            "adapted": "the files belong to another plan; restore another checkpoint",
+        }.get(item, f"pass {'target' if item == 'params' else item} as it was saved")
+        raise CheckpointError(
+            f"restore: {item} in {directory} does not fit: {'; '.join(problems[:3])}{more}. "
+            f"Check that it is the right checkpoint, and {remedy}"
+        )
+
+
+def _example(entry: Mapping[str, Any]) -> Any:
+    kind, shape = entry["kind"], tuple(entry["shape"])
+    if "impl" in entry:
+        return jax.ShapeDtypeStruct(shape, jax.random.key(0, impl=entry["impl"]).dtype)
+    if kind == "jax":
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(entry["dtype"]))
+    if kind == "numpy":
+        return np.empty(shape, jnp.dtype(entry["dtype"]))
+    return {t.__name__: t for t in _NUMBERS}[kind]()
+
+
+def _request(leaf: Any) -> Any:
+    """Returns what to ask Orbax for: an array on the host, or one of a sharding."""
+    array = raw(leaf)
+    sharding = _sharding(leaf)
+    if sharding is None:
+        return np.empty(array.shape, array.dtype)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _sharding(leaf: Any) -> Any:
+    placed = isinstance(leaf, jax.ShapeDtypeStruct) or (
+        isinstance(leaf, jax.Array) and leaf.committed
+    )
+    return leaf.sharding if placed else None
+
+
+def _finish(leaf: Any, array: Any, entry: Mapping[str, Any]) -> Any:
+    if isinstance(leaf, _NUMBERS):
+        return array.item()
+    if isinstance(leaf, np.generic):
+        return array[()]
+    if isinstance(leaf, np.ndarray):
+        return array
+    array = jnp.asarray(array)
+    return jax.random.wrap_key_data(array, impl=entry["impl"]) if "impl" in entry else array
