@@ -1,0 +1,104 @@
+"""Text to train on, and batches of it that a resumed run sees again exactly.
+
+The text is CPython's own documentation, which every Python carries, or any files of yours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+def documentation_text() -> str:
+    """Returns the language topics of CPython's own ``help()``: half a million letters of English.
+
+    The text differs a little from one Python to the next.
+    """
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics.values())
+
+
+def read_text(*paths: str | Path) -> str:
+    """Returns the text of UTF-8 files, joined by newlines."""
+    texts = []
+    for path in map(Path, paths):
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: byte {error.start} is not UTF-8 text: convert the file first"
+            ) from error
+    return "\n".join(texts)
+
+
+def split(tokens: np.ndarray, held_out: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
+    """Splits off the last part of the text, so that no held-out text is ever trained on.
+
+    Args:
+      tokens: token ids, int32 [tokens].
+      held_out: the share of the text to hold out, between 0 and 1.
+
+    Returns:
+      The training tokens and the held-out tokens.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out is {held_out}: expected a share of the text, between 0 and 1")
+    cut = round(len(tokens) * (1 - held_out))
+    return tokens[:cut], tokens[cut:]
+
+
+def windows(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Cuts the text into rows of ``length`` tokens and the one after them.
+
+    A row's last token is the next row's first, so that each token but the first is predicted once.
+
+    Args:
+      tokens: token ids, int32 [tokens].
+      length: how many tokens of a row the model reads.
+
+    Returns:
+      A view of the text, int32 [rows, length + 1]: inputs ``[:, :-1]``, targets ``[:, 1:]``.
+    """
+    rows = (len(tokens) - 1) // length
+    if rows < 1:
+        raise ValueError(
+            f"{len(tokens)} tokens make no row of {length} + 1 tokens: give more text or a "
+            "shorter length"
+        )
+    return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:rows]
+
+
+def batches(
+    tokens: np.ndarray, batch: int, length: int, seed: int, start: int = 0
+) -> Iterator[np.ndarray]:
+    """Yields training batches without end.
+
+    Each pass over the text has its own order, drawn from ``seed`` and the number of the pass and
+    from nothing else. Batch n is thus the same whether a run came to it by itself or was resumed
+    there.
+
+    Args:
+      tokens: token ids, int32 [tokens].
+      batch: rows in a batch. Rows that fill no whole batch sit out the pass, others the next one.
+      length: see ``windows``.
+      seed: of the order, not negative.
+      start: the number of the first batch.
+
+    Yields:
+      int32 [batch, length + 1]: inputs ``[:, :-1]``, targets ``[:, 1:]``.
+    """
+    rows = windows(tokens, length)
+    per_pass = len(rows) // batch
+    if per_pass < 1:
+        raise ValueError(
+            f"{len(rows)} rows of {length} tokens make no batch of {batch}: give more text or a "
+            "smaller batch"
+        )
+    for step in itertools.count(start):
+        number, place = divmod(step, per_pass)
+        order = np.random.default_rng((seed, number)).permutation(len(rows))
+        yield rows[order[place * batch : (place + 1) * batch]]

@@ -1,0 +1,187 @@
+"""The training loop of the demo: an ordinary Optax loop over adapters, with checkpoints.
+
+Nothing in it prints but the loop itself, and nothing in it depends on which model it trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import signal
+import sys
+import time
+import zlib
+from typing import Any
+
+import corpus
+import generation
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import smollm2
+from tqdm import tqdm
+
+import flax_tied_lora as tied_lora
+from flax_tied_lora import checkpoint
+
+
+@dataclasses.dataclass
+class State:
+    """What a run has come to; all of it is in the checkpoints."""
+
+    adapted: tied_lora.Adapted
+    opt_state: Any
+    step: int
+    losses: list[float]  # of every step
+    before: dict[str, Any]  # held-out loss and continuation, untrained
+
+
+class Job:
+    """What stays the same all through a run: options, model, text and compiled functions."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        # The most tokens that a row, or the prompt with its continuation, can have.
+        prompt = 64 * math.ceil((len(args.prompt.encode()) + args.new_tokens) / 64)
+        loaded = smollm2.load(args.model, context=max(args.length, prompt))
+        self.model, self.params, self.tokenizer = loaded
+        text = corpus.read_text(*args.text) if args.text else corpus.documentation_text()
+        tokens = generation.encode(self.tokenizer, text)
+        self.letters = len(text)
+        self.train_tokens, held_out = corpus.split(tokens, args.held_out)
+        rows = corpus.windows(held_out[: args.held_out_tokens + 1], args.length)
+        self.held_out = rows[: len(rows) // args.batch * args.batch]
+        if not len(self.held_out):
+            sys.exit(f"{len(held_out)} held-out tokens make no batch: raise --held-out")
+
+        self.apply_plain = generation.causal_lm(self.model)
+        self.apply = tied_lora.adapt(self.apply_plain, on_dense="error")
+        self.optimizer = optax.adamw(
+            optax.warmup_cosine_decay_schedule(
+                args.learning_rate / max(args.warmup, 1), args.learning_rate,
+                min(args.warmup, args.steps // 2), args.steps, args.learning_rate / 10,
+            )
+        )  # fmt: skip
+        self.loss = jax.jit(self.loss_fn)
+        # Adapters and optimizer state are donated: their memory becomes that of the new ones. The
+        # frozen params are an argument too. Closed over, they would be baked into the program.
+        self.train_step = jax.jit(self.step_fn, donate_argnums=(0, 1))
+        # What a checkpoint must have been made with to be gone on from.
+        names = "rank alpha dropout targets steps batch length learning_rate warmup seed prompt"
+        self.settings = {name: getattr(args, name) for name in names.split()}
+        self.settings |= {"new_tokens": args.new_tokens, "text": zlib.crc32(tokens.tobytes())}
+
+    def loss_fn(self, adapted: tied_lora.Adapted, rows: jax.Array) -> jax.Array:
+        logits = self.apply(adapted, rows[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
+
+    def step_fn(self, adapters, opt_state, frozen, rows, step):
+        key = jax.random.fold_in(jax.random.key(self.args.seed), step)
+        adapted = frozen.replace(adapters=adapters).train(key)  # the key is for dropout
+        loss, grads = tied_lora.value_and_grad(self.loss_fn)(adapted, rows)
+        updates, opt_state = self.optimizer.update(grads, opt_state, adapters)
+        return optax.apply_updates(adapters, updates), opt_state, loss
+
+    def measured(self, adapted: tied_lora.Adapted) -> dict[str, Any]:
+        """Returns the held-out loss and the continuation of the prompt."""
+        batches = self.held_out.reshape(-1, self.args.batch, self.args.length + 1)
+        loss = np.mean([self.loss(adapted, jnp.asarray(rows)) for rows in batches])
+        prompt, count = self.args.prompt, self.args.new_tokens
+        text = generation.generate(self.apply, adapted, self.tokenizer, prompt, count)
+        return {"loss": float(loss), "text": text}
+
+    def described(self) -> str:
+        config = self.model.config
+        count = sum(x.size for x in jax.tree.leaves(self.params) if isinstance(x, jax.Array))
+        device = jax.devices()[0]
+        name = self.args.model.name if self.args.model else "SmolLM2-135M-Instruct"
+        source = ", ".join(map(str, self.args.text)) or "Python's own documentation"
+        return (
+            f"{name}: {config.num_hidden_layers} layers, {count / 1e6:.1f} million parameters in "
+            f"float32, on {device.device_kind}.\n"
+            f"{source}: {self.letters:,} letters; {len(self.train_tokens):,} tokens to train on, "
+            f"{self.held_out[:, 1:].size:,} held out."
+        )
+
+    def checkpoints(self) -> checkpoint.Manager:
+        return checkpoint.Manager(self.args.output / "checkpoints", max_to_keep=2)
+
+    def restored(self) -> State | None:
+        """Returns the state of the last checkpoint, or None where there is none yet."""
+        with self.checkpoints() as manager:
+            if manager.latest_step() is None:
+                return None
+            last = manager.restore(self.params, opt_state=self.optimizer)
+        notes = json.loads(last.extra["notes"].tobytes())
+        for name, made_with in notes["settings"].items():
+            if (now := self.settings[name]) != made_with:
+                option = f"--{name.replace('_', '-')}" if name != "text" else "a text of checksum"
+                sys.exit(
+                    f"The checkpoint in {self.args.output} was made with {option} {made_with}, and "
+                    f"now {option} {now}: begin anew with --fresh, or elsewhere with --output."
+                )
+        return State(last.adapted, last.opt_state, last.step, notes["losses"], notes["before"])
+
+    def save(self, manager: checkpoint.Manager, state: State) -> None:
+        notes = {"settings": self.settings, "losses": state.losses, "before": state.before}
+        extra = {"notes": np.frombuffer(json.dumps(notes).encode(), np.uint8)}
+        manager.save(state.step, state.adapted, opt_state=state.opt_state, extra=extra)
+
+
+class StopRequest:
+    """Makes of the first Ctrl-C a wish to stop after this step; the second stops at once."""
+
+    def __enter__(self) -> StopRequest:
+        self.made = False
+        self.usual = signal.signal(signal.SIGINT, self.handle)
+        return self
+
+    def handle(self, number: int, frame: Any) -> None:
+        self.made = True
+        signal.signal(signal.SIGINT, self.usual)
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self.usual)
+
+
+def train(job: Job, state: State, until: int) -> bool:
+    """Trains up to a step, saving on the way; returns whether it got there."""
+    args = job.args
+    adapters, frozen = state.adapted.adapters, state.adapted.replace(adapters=None)
+    batches = corpus.batches(job.train_tokens, args.batch, args.length, args.seed, state.step)
+    started = time.perf_counter()
+    first = jnp.asarray(next(batches))
+    step_fn = job.train_step.lower(adapters, state.opt_state, frozen, first, 0).compile()
+    print(f"Compiled the training step in {time.perf_counter() - started:.0f} s.", flush=True)
+    bar = tqdm(
+        total=args.steps, initial=state.step, disable=None, file=sys.stdout,
+        bar_format="{percentage:3.0f}% |{bar}| step {n} of {total}, {remaining} left{postfix}",
+    )  # fmt: skip
+    tokens, started = 0, time.perf_counter()
+    with StopRequest() as stop, job.checkpoints() as manager, bar:
+        for rows in itertools.chain([first], map(jnp.asarray, batches)):
+            step = state.step
+            adapters, state.opt_state, loss = step_fn(adapters, state.opt_state, frozen, rows, step)
+            state.adapted, state.step = frozen.replace(adapters=adapters), step + 1
+            state.losses.append(float(loss))
+            tokens += args.batch * args.length
+            line = (
+                f"loss {np.mean(state.losses[-10:]):.2f}, "
+                f"{tokens / (time.perf_counter() - started):.0f} tokens/s"
+            )
+            bar.set_postfix_str(line, refresh=False)
+            bar.update()
+            done = state.step == until
+            if bar.disable and (done or state.step % max(args.steps // 10, 1) == 0):
+                print(f"step {state.step:4} of {args.steps}: {line}", flush=True)
+            if done or stop.made or state.step % args.save_every == 0:
+                job.save(manager, state)
+            if done or stop.made:
+                break
+    if not done:
+        print(f"Stopped, and saved step {state.step}.")
+    return done
