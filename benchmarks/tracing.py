@@ -1,0 +1,83 @@
+"""How long tracing and lowering takes, adapted against plain: 30 layers, nothing computed."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from _harness import interleaved, ratio, rounds_from_arguments, store
+from transformers import FlaxLlamaForCausalLM, LlamaConfig
+from transformers import logging as transformers_logging
+
+import flax_tied_lora as tied_lora
+
+BATCH, LENGTH = 2, 128
+TARGETS = ["embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def main() -> None:
+    rounds = rounds_from_arguments()
+    transformers_logging.set_verbosity_error()
+    # SmolLM2-135M's shape. Abstract arrays: its weights are not needed.
+    config = LlamaConfig(
+        num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, intermediate_size=1536, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = FlaxLlamaForCausalLM(config, _do_init=False)
+    params = jax.eval_shape(lambda: model.init_weights(jax.random.key(0), (1, 8)))
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+
+    def loss(params, tokens):
+        mask = jnp.ones((BATCH, LENGTH), jnp.int32)
+        positions = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
+        logits = model.module.apply({"params": params}, tokens, mask, positions)[0]
+        return jax.nn.logsumexp(logits, axis=-1).mean()
+
+    adapted = tied_lora.wrap(
+        params,
+        tied_lora.LoraConfig(r=8, target_modules=TARGETS),
+        ties=[("model/embed_tokens/embedding", "lm_head/kernel")],
+    )
+    adapted_loss = tied_lora.adapt(loss, on_dense="error")
+
+    def fresh(function, *args):
+        jax.clear_caches()
+        return jax.jit(function).lower(*args)
+
+    def kernels_of(params):
+        """The leaves that the adapted model has factors for, to be differentiated as they are."""
+        flat = jax.tree_util.tree_flatten_with_path(params)[0]
+        return [x for path, x in flat if any(t in str(path) for t in TARGETS)]
+
+    def plain_gradient(chosen, params, tokens):
+        flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+        values = iter(chosen)
+        leaves = [next(values) if any(t in str(p) for t in TARGETS) else x for p, x in flat]
+        return loss(jax.tree.unflatten(treedef, leaves), tokens)
+
+    cases = {
+        "forward, plain": lambda: fresh(loss, params, tokens),
+        "forward, adapted": lambda: fresh(adapted_loss, adapted, tokens),
+        "gradient, plain": lambda: fresh(
+            jax.value_and_grad(plain_gradient), kernels_of(params), params, tokens
+        ),
+        "gradient, adapted": lambda: fresh(tied_lora.value_and_grad(adapted_loss), adapted, tokens),
+    }
+    for run in cases.values():
+        run()
+    seconds = interleaved(cases, rounds)
+    store(
+        "tracing",
+        {
+            "what": "seconds to trace and lower, caches cleared; SmolLM2-135M's shape, 121 targets",
+            "rounds": rounds,
+            "median seconds": {k: sorted(v)[len(v) // 2] for k, v in seconds.items()},
+            "forward, adapted / plain": ratio(seconds, "forward, adapted", "forward, plain"),
+            "gradient, adapted / plain gradient of the same leaves": ratio(
+                seconds, "gradient, adapted", "gradient, plain"
+            ),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
