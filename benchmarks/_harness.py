@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import platform
 import statistics
@@ -20,14 +21,20 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Returns seconds for each case, one run of each a round, the order turning."""
+    """Returns seconds for each case, one run of each a round, the order turning.
+
+    The garbage collector rests while a case runs, as `timeit` has it.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)
     for r in range(rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
+            gc.collect()
+            gc.disable()
             start = time.perf_counter()
             cases[name]()
             seconds[name].append(time.perf_counter() - start)
+            gc.enable()
     return seconds
 
 
