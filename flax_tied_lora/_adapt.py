@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from flax_tied_lora._adapted import Adapted
-from flax_tied_lora._calls import Calls
+from flax_tied_lora._calls import Calls, filling
 from flax_tied_lora._evaluate import Context, OnDense, evaluate, warn_of_dense
 from flax_tied_lora._merge import plain, weights_of
 from flax_tied_lora._paths import flatten
@@ -62,22 +62,23 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
     return adapted_fn
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """Stands for an adapted leaf among a call's arguments while they are flattened."""
-
-    weight: Weight
-
-
 def _is_adapted(x: Any) -> bool:
     return isinstance(x, Adapted)
+
+
+def _is_opaque(x: Any) -> bool:
+    """Returns whether a part of the arguments is adapted, or holds nothing that is.
+
+    The latter is passed on as the object that it is: a model object that keeps state is no copy.
+    """
+    return _is_adapted(x) or not any(map(_is_adapted, jax.tree.leaves(x, is_leaf=_is_adapted)))
 
 
 def call(
     fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
 ) -> tuple[Any, list[Read], list[Adapted]]:
     """Returns what ``fn`` returns on adapted arguments, the call sites met, and the arguments."""
-    nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=_is_adapted)
+    nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=_is_opaque)
     places = [i for i, x in enumerate(nodes) if _is_adapted(x)]
     adapteds = [nodes[i] for i in places]
     if not adapteds:
@@ -88,22 +89,28 @@ def call(
             "params=adapted"
         )
     context = Context(on_dense)
-    for number, (place, adapted) in enumerate(zip(places, adapteds, strict=True)):
-        nodes[place] = _with_slots(adapted, mark_of(number, adapteds), context)
-    leaves, treedef = jax.tree.flatten(jax.tree.unflatten(outer, nodes))
-    traced = [i for i, x in enumerate(leaves) if isinstance(x, _Slot)]
-    weights = [leaves[i].weight for i in traced]
-    calls = Calls(fn, treedef, leaves, traced)
-    closed, outputs = calls.jaxpr([_aval(w) for w in weights])
+    named = [
+        _weights(adapted, mark_of(number, adapteds), context)
+        for number, adapted in enumerate(adapteds)
+    ]
+    weights = [w for own in named for w in own.values()]
+    fill = filling(outer, nodes, places)
+
+    def arguments(values: Sequence[Any]) -> Any:
+        rest = iter(values)
+        arrays = [{path: next(rest) for path in own} for own in named]
+        return fill([plain(a, own) for a, own in zip(adapteds, arrays, strict=True)])
+
+    closed, outputs = Calls(fn, arguments).jaxpr([_aval(w) for w in weights])
     values = evaluate(context, closed.jaxpr, closed.consts, weights)
     values = [context.returned(x) if isinstance(x, Weight) else x for x in values]
     return outputs.filled(values), context.reads, adapteds
 
 
-def _with_slots(adapted: Adapted, mark: str, context: Context) -> Any:
+def _weights(adapted: Adapted, mark: str, context: Context) -> dict[str, Weight]:
+    """Returns the weights of an adapted argument by leaf path, and tells the context of them."""
     leaves, _ = flatten(adapted.params)
     weights = weights_of(adapted, leaves)
-    slots = {}
     for group in adapted.plan.adapted:
         for member in group.members:
             weight = weights[member.path]
@@ -115,8 +122,8 @@ def _with_slots(adapted: Adapted, mark: str, context: Context) -> Any:
                 )
                 weight = weight.replace(origins=named, terms=terms)
             context.leaves[member.path + mark] = group.info(member)  # type: ignore[index]
-            slots[member.path] = _Slot(weight)
-    return plain(adapted, slots)
+            weights[member.path] = weight
+    return weights
 
 
 def _aval(weight: Weight) -> Any:

@@ -44,12 +44,13 @@ class Adapted:
         """Returns a copy with some fields replaced, usually ``adapters``.
 
         Raises:
-          ValueError: the adapters are not of this plan's groups.
+          ValueError: the adapters are not of this plan's groups and shapes.
           TypeError: an unknown field.
         """
         adapters = changes.get("adapters")
         if isinstance(adapters, Mapping):
             _check_groups(self.plan, adapters)
+            _check_factors("Adapted.replace", self.plan, adapters[LORA], stacked=True)
         return dataclasses.replace(self, **changes)
 
     def train(self, rng: jax.Array) -> Adapted:
@@ -76,7 +77,7 @@ class Adapted:
 
     @classmethod
     def from_variables(cls, variables: Mapping[str, Any], plan: Plan) -> Adapted:
-        """Returns what `variables` was made from.
+        """Returns what `variables` was made from, with dropout off.
 
         Raises:
           ValueError: a collection is missing, or the groups and shapes are not the plan's.
@@ -90,20 +91,7 @@ class Adapted:
         adapters = {k: v for k, v in variables.items() if k not in (_PARAMS, _SCALING)}
         _check_groups(plan, adapters)
         _check_groups(plan, variables, _SCALING)
-        for group in plan.adapted:
-            pair = adapters[LORA][group.key]
-            for name, shape in group.factor_shapes().items():
-                if name not in pair:
-                    raise ValueError(
-                        f"Adapted.from_variables: {group.key!r} has no {name}, found "
-                        f"{', '.join(map(repr, pair))}; expected lora_a and lora_b"
-                    )
-                factor = unboxed(pair[name])
-                if tuple(factor.shape) != shape:
-                    raise ValueError(
-                        f"Adapted.from_variables: {name} of {group.key!r} is {describe(factor)}; "
-                        f"the plan has {list(shape)}"
-                    )
+        _check_factors("Adapted.from_variables", plan, adapters[LORA])
         return cls(variables[_PARAMS], adapters, variables[_SCALING], None, plan)
 
     def __repr__(self) -> str:
@@ -111,6 +99,28 @@ class Adapted:
 
     def __str__(self) -> str:
         return summary(self)
+
+
+def _check_factors(what: str, plan: Plan, lora: Mapping[str, Any], stacked: bool = False) -> None:
+    """Refuses factors of other shapes than the plan's; stacked ones have axes in front."""
+    for group in plan.adapted:
+        pair = lora[group.key]
+        if not isinstance(pair, Mapping):
+            continue
+        for name, shape in group.factor_shapes().items():
+            if name not in pair:
+                raise ValueError(
+                    f"{what}: {group.key!r} has no {name}, found {', '.join(map(repr, pair))}; "
+                    "expected lora_a and lora_b"
+                )
+            factor = unboxed(pair[name])
+            found = getattr(factor, "shape", None)
+            own = found[-len(shape) :] if found is not None and stacked else found
+            if own is not None and tuple(own) != shape:
+                raise ValueError(
+                    f"{what}: {name} of {group.key!r} is {describe(factor)}; the plan has "
+                    f"{list(shape)}"
+                )
 
 
 def _check_groups(plan: Plan, adapters: Mapping[str, Any], collection: str = LORA) -> None:

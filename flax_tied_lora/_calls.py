@@ -21,34 +21,30 @@ class Outputs:
     traced: list[int]
 
     def filled(self, values: Sequence[Any]) -> Any:
-        leaves = list(self.leaves)
-        for i, value in zip(self.traced, values, strict=True):
-            leaves[i] = value
-        return jax.tree.unflatten(self.treedef, leaves)
+        return filling(self.treedef, self.leaves, self.traced)(values)
 
 
 @dataclasses.dataclass
 class Calls:
-    """A function, its arguments as leaves, and the positions of the leaves that are traced.
+    """A function, and how its arguments are made of the values that are traced.
 
-    All other leaves are closed over: NumPy masks that the model branches on, rng keys, flags,
-    strings, model objects reach the function as they are.
+    All else is closed over: NumPy masks that the model branches on, rng keys, flags, strings,
+    model objects reach the function as they are.
+
+    Attributes:
+      fn: the function.
+      arguments: returns ``(args, kwargs)`` from the traced values.
     """
 
     fn: Callable[..., Any]
-    treedef: Any
-    leaves: Sequence[Any]
-    traced: Sequence[int]
+    arguments: Callable[[Sequence[Any]], tuple[Any, Any]]
 
     def jaxpr(self, avals: Sequence[Any]) -> tuple[ClosedJaxpr, Outputs]:
         """Returns the program of the call, and what it returns around its outputs."""
         outputs: list[Outputs] = []
 
         def run(*values: Any) -> list[Any]:
-            leaves = list(self.leaves)
-            for i, value in zip(self.traced, values, strict=True):
-                leaves[i] = value
-            args, kwargs = jax.tree.unflatten(self.treedef, leaves)
+            args, kwargs = self.arguments(values)
             results, treedef = jax.tree.flatten(self.fn(*args, **kwargs))
             traced = [i for i, x in enumerate(results) if isinstance(x, jax.Array)]
             for i, x in enumerate(results):
@@ -60,6 +56,18 @@ class Calls:
 
         closed = jax.make_jaxpr(run)(*avals)
         return closed, outputs[0]
+
+
+def filling(treedef: Any, leaves: Sequence[Any], places: Sequence[int]) -> Callable[..., Any]:
+    """Returns a function that puts values in the places of some leaves of a pytree."""
+
+    def fill(values: Sequence[Any]) -> Any:
+        filled = list(leaves)
+        for i, value in zip(places, values, strict=True):
+            filled[i] = value
+        return jax.tree.unflatten(treedef, filled)
+
+    return fill
 
 
 def _refuse_hidden(value: Any) -> None:

@@ -116,17 +116,19 @@ class Context:
 
     # Knowing
 
-    def stays_weight(self, weight: Weight, indexed: Sequence[int]) -> bool:
-        """Returns whether indexing these axes picks whole weights (layers, experts), not rows."""
+    def stays_weight(self, operation: str, weight: Weight, indexed: Sequence[int]) -> bool:
+        """Returns whether indexing these axes picks no rows of a table, but layers or columns."""
         for origin in weight.origins:
-            touched = origin.on_leaf(indexed)
-            info = self.leaves.get(origin.leaf)
+            touched, info = set(origin.on_leaf(indexed)), self.leaves.get(origin.leaf)
             if info is None:
-                # Nothing is known while a leaf's axes are being found out: what is picked from a
-                # leaf of three axes or more may still be multiplied with.
-                if len(weight.shape) < 3:
-                    return False
-            elif not set(touched) <= set(info.batch):
+                # Nothing is known while a leaf's axes are being found out: what is cut out, or
+                # picked from three axes or more, may still be multiplied with.
+                picks = operation == "gather" and len(weight.shape) < 3
+            elif operation == "gather":
+                picks = not touched <= set(info.batch)
+            else:
+                picks = info.is_table and bool(touched & set(info.rows))
+            if picks:
                 return False
         return True
 
@@ -148,17 +150,19 @@ class Context:
     # Reading
 
     def read(
-        self, eqn: JaxprEqn, weight: Weight, role: Any, *,
+        self, operation: str, weight: Weight, role: Any, *,
         rows: Sequence[int] = (), cols: Sequence[int] | None = None, batch: Sequence[int] = (),
     ) -> tuple[tuple[Term, ...], Callable[[Cost], None]]:  # fmt: skip
         """Returns the terms that are there for a call site, and a function to report its cost with.
 
         Args:
+          operation: name of the primitive.
           rows, cols, batch: axes of the weight; ``cols`` is all others by default.
         """
         if cols is None:
             cols = [i for i in range(len(weight.shape)) if i not in (*rows, *batch)]
-        terms = weight.at(role, module_scope(self.full_scope))
+        found = LOOKUP if role == OTHER and all(o.picked for o in weight.origins) else role
+        terms = weight.at(found, module_scope(self.full_scope))
         groups = tuple(dict.fromkeys(t.group for t in terms if isinstance(t, LowRank)))
         cost = Cost()
         for origin in weight.origins:
@@ -166,14 +170,13 @@ class Context:
             if role != OTHER:
                 dims = {"rows": rows, "cols": cols, "batch": batch}
                 dims = {name: origin.on_leaf(axes) for name, axes in dims.items()}
-            operation, scope = eqn.primitive.name, module_scope(self.here)
-            kind = role
+            name, kind = operation, role
             if role == OTHER and origin.picked:
-                # What was picked went elsewhere than into a product: it was a lookup after all.
                 left = tuple(x for held in origin.axes for x in held if x not in origin.picked)
-                operation, kind = origin.picked_by, LOOKUP
+                name, kind = origin.picked_by, LOOKUP
                 dims = {"rows": origin.picked, "cols": tuple(sorted(set(left)))}
-            site = CallSite(origin.leaf, operation, scope=scope, role=kind, **dims)
+            scope = module_scope(self.here)
+            site = CallSite(origin.leaf, name, scope=scope, role=kind, **dims)
             self.reads.append(Read(site, "low rank" if groups else "plain", groups))
         index = len(self.reads) - 1
 
@@ -188,18 +191,21 @@ class Context:
 
     def dense(self, eqn: JaxprEqn, weight: Weight) -> Any:
         """Returns a weight added up, and reports it unless there is nothing to add."""
-        terms = weight.at(OTHER, module_scope(self.full_scope))
-        if _is_plain(weight, terms):
-            self.read(eqn, weight, OTHER)
-        else:
-            self.added_up(eqn.primitive.name, weight, terms)
-        return weight.dense(terms)
+        return self._added_up(eqn.primitive.name, weight)
 
     def returned(self, weight: Weight) -> Any:
         """Returns a weight added up because the function hands it back."""
-        terms = weight.at(OTHER, module_scope(self.full_scope))
-        if not _is_plain(weight, terms):
-            self.added_up("return", weight, terms)
+        return self._added_up("return", weight)
+
+    def _added_up(self, operation: str, weight: Weight) -> Any:
+        # What was picked and went elsewhere than into a product was a lookup after all.
+        picked = all(o.picked for o in weight.origins)
+        terms = weight.at(LOOKUP if picked else OTHER, module_scope(self.full_scope))
+        if picked or _is_plain(weight, terms):
+            if picked or operation != "return":
+                self.read(operation, weight, OTHER)
+        else:
+            self.added_up(operation, weight, terms)
         return weight.dense(terms)
 
     def added_up(self, operation: str, weight: Weight, terms: Sequence[Term]) -> None:

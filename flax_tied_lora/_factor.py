@@ -18,6 +18,9 @@ from jax import Array, lax
 
 RANK = "rank"
 
+# The dtypes among which a cast is linear, up to rounding.
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+
 # The label of an array axis: an axis of the weight (int), RANK, or a name for an axis of data.
 Axis = Any
 
@@ -40,6 +43,11 @@ def accumulator(*dtypes: Any) -> Any:
     """Returns float32, or what is wider: where arrays of these dtypes are added up."""
     # Not `jnp.promote_types`: strict promotion refuses bfloat16 beside float32.
     return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+
+
+def operation_dtype(data: Any, weight: Any) -> Any:
+    """Returns the dtype in which data meets a weight's factors: the wider floating one."""
+    return np.promote_types(data, weight) if np.dtype(data).name in FLOATS else np.dtype(weight)
 
 
 class MixedAxesError(Exception):
@@ -82,10 +90,10 @@ class Factor:
 
     def times(self, scale: Factor) -> Factor:
         """Returns the product with a factor over some of this one's axes."""
-        shape = self.array.shape
-        return Factor(
-            self.array * scale.astype(self.array.dtype).spread(self.axes, shape), self.axes
-        )
+        shape, dtype = self.array.shape, self.array.dtype
+        wide = accumulator(dtype, scale.array.dtype)
+        product = self.array.astype(wide) * scale.astype(wide).spread(self.axes, shape)
+        return Factor(product.astype(dtype), self.axes)
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._calls import Calls
+from flax_tied_lora._calls import Calls, filling
 from flax_tied_lora._evaluate import Context, evaluate
 from flax_tied_lora._paths import path_name
 from flax_tied_lora._sites import CallSites, numbered, with_batch
@@ -48,7 +48,7 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
             "argument named params, or a pytree of floating-point arrays"
         )
     traced = [i for i, (n, x) in enumerate(zip(names, leaves, strict=True)) if n or _abstract(x)]
-    calls = Calls(fn, treedef, leaves, traced)
+    calls = Calls(fn, filling(treedef, leaves, traced))
     closed, _ = calls.jaxpr([_shape(leaves[i]) for i in traced])
     context = Context(on_dense="allow")
 

@@ -86,8 +86,8 @@ class Dense(Term):
         return lax.convert_element_type(self.array, dtype)
 
     def times(self, scale):
-        array = self.array
-        return Dense(array * scale.astype(array.dtype).spread(range(array.ndim), array.shape))
+        axes = tuple(range(self.array.ndim))
+        return Dense(Factor(self.array, axes).times(scale).array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +210,11 @@ class Weight:
     def replace(self, **changes: Any) -> Weight:
         return dataclasses.replace(self, **changes)
 
+    @property
+    def keyed(self) -> bool:
+        """Whether a term has a random key: dropout is on."""
+        return any(isinstance(t, LowRank) and t.key is not None for t in self.terms)
+
     def parted(self) -> tuple[Array, tuple[Term, ...]]:
         """Returns the dense terms added up, and the other terms. The scale must be folded."""
         dense = [t.array for t in self.terms if isinstance(t, Dense)]
@@ -265,7 +270,8 @@ class Weight:
 
     def fold(self, data: Any) -> Weight:
         """Returns the weight with its terms' random keys folded for a place or a step."""
-        return self.replace(terms=tuple(t.fold(data) for t in self.terms))
+        terms = tuple(t.fold(data) for t in self.terms)
+        return self.replace(terms=terms) if any(map(_differ, terms, self.terms)) else self
 
     def dense(self, terms: Sequence[Term] | None = None) -> Array:
         """Returns the terms (default: all) added up, in float32 or wider, cast once at the end."""
@@ -279,8 +285,12 @@ class Weight:
         return lax.convert_element_type(total, self.dtype)
 
 
+def _differ(a: Any, b: Any) -> bool:
+    return a is not b
+
+
 def add(arrays: Sequence[Array]) -> Array:
     total = arrays[0]
     for array in arrays[1:]:
-        total = total + array
+        total = lax.add(total, array)  # no broadcasting: all terms are of one shape
     return total

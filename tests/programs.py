@@ -138,11 +138,30 @@ class Program:
             ]
         )
 
-    def run(self) -> list[str]:
-        """Checks the program; returns the messages of weights that were added up."""
+    def _space(self) -> dict[str, Any]:
         source = self.code().rsplit("\nprint(check(", 1)[0]
         space: dict[str, Any] = {"jax": jax, "jnp": jnp, "lax": lax, "tied_lora": tied_lora}
         exec(compile(source, "<program>", "exec"), space)
+        return space
+
+    def is_possible(self) -> bool:
+        """Returns whether JAX itself can run and differentiate the program on plain params."""
+        space = self._space()
+        arguments = [space[name] for name, _ in self.arguments]
+
+        def total(params: Any) -> jax.Array:
+            outputs = space["program"](params, *arguments)
+            return sum(jnp.sum(jnp.asarray(y, jnp.float32)) for y in jax.tree.leaves(outputs))
+
+        try:
+            jax.eval_shape(jax.value_and_grad(total), tied_lora.base(space["adapted"]))
+        except NotImplementedError:
+            return False
+        return True
+
+    def run(self) -> list[str]:
+        """Checks the program; returns the messages of weights that were added up."""
+        space = self._space()
         program, low = space["program"], self.low
         with warnings.catch_warnings():
             # A program may well cut away all that it read.

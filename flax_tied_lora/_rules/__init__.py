@@ -36,6 +36,8 @@ def register_rule(operation: Any, rule: Rule | None = None) -> Any:
 
     Raises:
       TypeError: ``operation`` is none of these.
+      ValueError: the function closes over something: functions of one definition that differ in
+        that could not be told apart.
 
     Example::
 
@@ -51,6 +53,13 @@ def register_rule(operation: Any, rule: Rule | None = None) -> Any:
     elif isinstance(operation, str):
         _RULES[operation] = rule
     elif hasattr(operation, "defvjp") or hasattr(operation, "defjvp"):
+        if getattr(operation.__wrapped__, "__closure__", None):
+            raise ValueError(
+                f"register_rule: {operation.__wrapped__.__name__!r} closes over "
+                f"{', '.join(operation.__wrapped__.__code__.co_freevars)}; functions that differ "
+                "only in that cannot be told apart in a traced program. Pass it as an argument "
+                "(nondiff_argnums), or define the function at module level"
+            )
         _CUSTOM[_source_of(operation.__wrapped__)] = rule
     else:
         raise TypeError(

@@ -80,7 +80,17 @@ def jit(context, eqn, *operands):
         context, eqn, flat, built.jaxpr.out_avals, jaxpr=built.jaxpr,
         effects=built.jaxpr.effects, **changes,
     )  # fmt: skip
-    return shown(jax.tree.unflatten(built.outputs, results), names)
+    results = shown(jax.tree.unflatten(built.outputs, results), names)
+    return _forwarded(inner.jaxpr, operands, results)
+
+
+def _forwarded(jaxpr: Jaxpr, operands: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+    """Returns results, a weight that was merely handed through being the one that went in."""
+    positions = {v: i for i, v in enumerate(jaxpr.invars)}
+    return [
+        operands[positions[v]] if isinstance(x, Weight) and v in positions else x
+        for v, x in zip(jaxpr.outvars, results, strict=True)
+    ]
 
 
 def _dense_parts(weight: Weight) -> list[bool]:
@@ -105,7 +115,7 @@ def checkpoint(context, eqn, *operands):
     results = run_with(
         context, eqn, [*consts, *flat], built.jaxpr.out_avals, jaxpr=opened, effects=opened.effects
     )
-    return shown(jax.tree.unflatten(built.outputs, results), names)
+    return _forwarded(inner, operands, shown(jax.tree.unflatten(built.outputs, results), names))
 
 
 def _opened(closed: ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
@@ -173,6 +183,12 @@ def shard_map(context, eqn, *operands):
         shown=shown_by(context, names),
     )  # fmt: skip
     hot = one_hot_operands(context, eqn)
+    if not p["check_vma"] and any(isinstance(x, Weight) and x.keyed for x in operands):
+        raise ValueError(
+            "adapt: dropout is on inside a shard_map with check_vma=False, where it is not known "
+            "which devices hold the same data and so need the same mask; use check_vma=True, or "
+            "turn dropout off with adapted.eval()"
+        )
 
     def body(*xs: Any) -> list[Any]:
         shapes = [tuple(v.aval.shape) for v in p["jaxpr"].invars]

@@ -31,7 +31,9 @@ def ragged_dot(context, eqn, lhs, rhs, sizes, *offset):
     if rhs.scale is not None:
         rhs = rhs.folded()
     free = [i for i in range(len(rhs.shape)) if i not in (*summed, *groups)]
-    terms, read = context.read(eqn, rhs, PROJECTION, rows=summed, cols=free, batch=groups)
+    terms, read = context.read(
+        eqn.primitive.name, rhs, PROJECTION, rows=summed, cols=free, batch=groups
+    )
     group, = groups  # fmt: skip
     accumulate = accumulator(eqn.outvars[0].aval.dtype)
     precision = eqn.params["precision"]
@@ -45,7 +47,7 @@ def ragged_dot(context, eqn, lhs, rhs, sizes, *offset):
         if set(a.axes) - {*summed, group, RANK} or set(b.axes) - {*free, group, RANK}:
             raise MixedAxesError
         order = [RANK if i == free[0] else i for i in range(len(rhs.shape)) if i not in free[1:]]
-        hidden = _grouped(data, a, order, sizes, dims, accumulate, precision, rhs.shape[group])
+        hidden = _grouped(data, a, order, sizes, dims, accumulate, precision, rhs.shape)
         hidden = hidden * lax.convert_element_type(term.scaling, accumulate)
         cost.flops += 2 * hidden.size * (a.array.size // a.size(RANK) // _count(a, group))
         # The rank axis is the last of the product, as the free axes were.
@@ -54,7 +56,7 @@ def ragged_dot(context, eqn, lhs, rhs, sizes, *offset):
             (([rest.ndim - 1], [1]), ([], [])), list(range(rest.ndim))[:1], [0]
         )
         out = _grouped(
-            rest, b, [group, RANK, *free], sizes, second, accumulate, precision, rhs.shape[group]
+            rest, b, [group, RANK, *free], sizes, second, accumulate, precision, rhs.shape
         )
         cost.flops += 2 * out.size * b.size(RANK)
         cost.bytes += (hidden.size + out.size) * out.dtype.itemsize
@@ -77,10 +79,10 @@ def _grouped(
     dims: Any,
     accumulate: Any,
     precision: Any,
-    count: int,
+    whole: tuple[int, ...],
 ):
-    """Returns a grouped product with a factor, which may be one for all groups."""
-    shape = [factor.size(a) if a in factor.axes else count for a in order]
+    """Returns a grouped product with a factor, repeated along the weight's axes that it lacks."""
+    shape = [factor.size(a) if a in factor.axes else whole[a] for a in order]
     array = factor.astype(x.dtype).spread(order, shape)
     return lax.ragged_dot_general(x, array, sizes, dims, precision, accumulate)
 
@@ -95,7 +97,7 @@ def conv(context, eqn, lhs, rhs):
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
     out_axis, in_axis, *window = numbers.rhs_spec
     rows = tuple(sorted((in_axis, *window)))
-    terms, read = context.read(eqn, rhs, PROJECTION, rows=rows, cols=(out_axis,))
+    terms, read = context.read(eqn.primitive.name, rhs, PROJECTION, rows=rows, cols=(out_axis,))
     accumulate, aval = accumulator(eqn.outvars[0].aval.dtype), eqn.outvars[0].aval
     channel = numbers.out_spec[1]
     per_group = rhs.shape[out_axis] // groups

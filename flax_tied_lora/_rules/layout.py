@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._factor import RANK, Cost, Factor, MixedAxesError
+from flax_tied_lora._factor import FLOATS, RANK, Cost, Factor, MixedAxesError
 from flax_tied_lora._rules import rule
 from flax_tied_lora._sites import PROJECTION
 from flax_tied_lora._weight import LowRank, Weight
 
 Axes = Sequence[Sequence[int]]
-_LINEAR_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def same_axes(eqn: Any) -> Axes:
@@ -181,7 +180,7 @@ def reduce_sum(context, eqn, weight):
     out = summed(weight)
     if any(isinstance(t, LowRank) and (RANK,) in (t.a.axes, t.b.axes) for t in out.terms):
         # All rows, or all columns: a product with ones, whose result is data.
-        terms, read = context.read(eqn, weight, PROJECTION, rows=axes)
+        terms, read = context.read(eqn.primitive.name, weight, PROJECTION, rows=axes)
         read(Cost())
         return [summed(weight.replace(terms=terms)).dense()]
     return [out]
@@ -202,7 +201,7 @@ def rev(factor: Factor, eqn: Any) -> Factor:
 @rule("convert_element_type")
 def convert_element_type(context, eqn, weight):
     new = jnp.dtype(eqn.params["new_dtype"])
-    if new.name not in _LINEAR_DTYPES or jnp.dtype(weight.dtype).name not in _LINEAR_DTYPES:
+    if new.name not in FLOATS or jnp.dtype(weight.dtype).name not in FLOATS:
         return NotImplemented
     cast = weight.rearrange(
         eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], lambda f: f, same_axes(eqn)

@@ -35,6 +35,10 @@ def gather(context, eqn, weight, indices):
         held[position] = picked
     for axis, position in _offset_positions(eqn).items():
         held[position] = (axis,)
+    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        for term in weight.terms:
+            if isinstance(term, LowRank) and set(indexed) - {*term.a.axes, *term.b.axes}:
+                return NotImplemented  # the delta is constant there, and 0 where the index is out
     # Beside axes of which one entry is picked, a window over others is a choice of columns.
     rows = [a for a in indexed if a in dims.collapsed_slice_dims] or indexed
     return _pick(
@@ -77,13 +81,13 @@ def _pick(
     aval = eqn.outvars[0].aval
     if not indexed:
         return [weight.rearrange(aval, run, move, held)]
-    if context.stays_weight(weight, indexed):
+    if context.stays_weight(eqn.primitive.name, weight, indexed):
         origins = tuple(
             dataclasses.replace(o, picked=o.on_leaf(indexed), picked_by=eqn.primitive.name)
             for o in weight.origins
         )
         return [weight.replace(origins=origins).rearrange(aval, run, move, held)]
-    terms, read = context.read(eqn, weight, LOOKUP, rows=rows, batch=batch)
+    terms, read = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
     accumulate = accumulator(aval.dtype)
     cost, parts, low_rank = Cost(), [], False
     order = range(aval.ndim)

@@ -20,12 +20,14 @@ from flax_tied_lora._factor import Factor
 from flax_tied_lora._provenance import Provenance
 from flax_tied_lora._rules import rule
 from flax_tied_lora._rules._inner import evaluate_inner, handed_back, one_hot_operands
-from flax_tied_lora._weight import LowRank, Weight
+from flax_tied_lora._weight import Weight
 
 
 @rule("scan")
 def scan(context, eqn, *operands):
     p, inner, hot = eqn.params, eqn.params["jaxpr"], one_hot_operands(context, eqn)
+    if p["length"] == 0:
+        return NotImplemented  # there is no slice to look at
     consts, init, xs = _scan_parts(eqn, operands)
     stacks = [_Stack.of(x, p["length"]) if isinstance(x, Weight) else x for x in xs]
     walked = [s.walked if isinstance(s, _Stack) else s for s in stacks]
@@ -112,13 +114,14 @@ def _fixed_point(
       loop: runs the loop; returns the carry without its weights, the other outputs, and the
         positions of the weights that the body changed.
     """
-    # A first pass may be thrown away, so nothing is reported or refused in it that a later one
-    # would not meet: a weight that the body changes is an array from then on.
-    while True:
-        values, others, changed = loop(init)
+    # Found out on shapes alone: nothing of a pass that is thrown away is run.
+    while any(isinstance(x, Weight) for x in init):
+        changed: list[int] = []
+        jax.eval_shape(lambda init=init, changed=changed: changed.extend(loop(init)[2]))
         if not changed:
             break
         init = [context.dense(eqn, x) if i in changed else x for i, x in enumerate(init)]
+    values, others, _ = loop(init)
     carried = iter(values)
     return [x if isinstance(x, Weight) else next(carried) for x in init], others
 
@@ -158,14 +161,21 @@ def _state(init: Sequence[Any], free: Sequence[int], carry: Sequence[Any], index
 
 
 def _changed(init: Sequence[Any], state: Sequence[Any], outs: Sequence[Any]) -> list[int]:
-    return [i for i, x in enumerate(init) if isinstance(x, Weight) and outs[i] is not state[i]]
+    return [i for i, x in enumerate(init) if isinstance(x, Weight) and not _same(outs[i], state[i])]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Returns whether a weight is another, whatever has become of its random keys."""
+    if not isinstance(a, Weight) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    parts = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=False)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x is y for x, y in parts if not _is_key(x)
+    )
 
 
 def _keyed(operands: Sequence[Any]) -> bool:
-    return any(
-        isinstance(t, LowRank) and t.key is not None
-        for x in operands if isinstance(x, Weight) for t in x.terms
-    )  # fmt: skip
+    return any(isinstance(x, Weight) and x.keyed for x in operands)
 
 
 @dataclasses.dataclass

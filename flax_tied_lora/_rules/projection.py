@@ -17,6 +17,7 @@ from flax_tied_lora._factor import (
     MixedAxesError,
     accumulator,
     contract,
+    operation_dtype,
     times_chain,
 )
 from flax_tied_lora._rules import rule
@@ -27,7 +28,7 @@ from flax_tied_lora._weight import LowRank, Term, Weight, add
 def serve(
     context: Any, eqn: Any, weight: Weight, x: Any, terms: Sequence[Term],
     dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Cost, Any], Array],
-    read: Any,
+    read: Any, scale: Array | None = None,
 ) -> Array:  # fmt: skip
     """Returns the sum over terms of a product with data, cast once to the equation's dtype.
 
@@ -35,13 +36,17 @@ def serve(
       dense: the product with an array of the weight's shape.
       low_rank: the product with a delta; called with the term, the data, the cost to add to, and
         the sharding that the result must have, or None.
+      scale: multiplied in before that cast.
     """
     aval, accumulate = eqn.outvars[0].aval, accumulator(eqn.outvars[0].aval.dtype)
     cost, parts = Cost(), []
     for term in terms:
         if isinstance(term, LowRank):
-            _refuse_backward(context, term)
-            data = x if isinstance(x, Weight) or term.key is None else dropped(term, x)
+            _refuse_differentiated(context, term)
+            data = x
+            if not isinstance(x, Weight):
+                data = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
+                data = data if term.key is None else dropped(term, data)
             sharding = _explicit(parts[0]) if parts else None
             parts.append(low_rank(term, data, cost, sharding))
         else:
@@ -49,9 +54,11 @@ def serve(
                 context.added_up(eqn.primitive.name, weight, [term])
             parts.append(dense(term.dense(weight.shape, weight.dtype)))
     read(cost)
-    if len(parts) == 1 and parts[0].dtype == aval.dtype:
+    if len(parts) == 1 and parts[0].dtype == aval.dtype and scale is None:
         return parts[0]
     out = add([lax.convert_element_type(p, accumulate) for p in parts])
+    if scale is not None:
+        out *= lax.convert_element_type(scale, accumulate)
     return lax.convert_element_type(out, aval.dtype)
 
 
@@ -60,13 +67,15 @@ def _explicit(array: Array) -> Any:
     return sharding if sharding is not None and any(sharding.spec) else None
 
 
-def _refuse_backward(context: Any, term: Term) -> None:
-    """Refuses dropout in a differentiated program: its backward pass would draw other masks."""
-    if isinstance(term, LowRank) and term.key is not None and "transpose(" in context.full_scope:
+def _refuse_differentiated(context: Any, term: Term) -> None:
+    """Refuses dropout in a differentiated program: its passes would draw different masks."""
+    if not isinstance(term, LowRank) or term.key is None:
+        return
+    if "transpose(" in context.full_scope or "jvp(" in context.full_scope:
         raise ValueError(
-            f"adapt: dropout is on, and {term.group!r} is read in the backward pass of a function "
-            "that was differentiated before it was adapted, where the masks of the forward pass "
-            "are not known. Differentiate the adapted function instead, as in "
+            f"adapt: dropout is on, and {term.group!r} is read in a function that was "
+            "differentiated before it was adapted, where each pass would draw masks of its own. "
+            "Differentiate the adapted function instead, as in "
             "tied_lora.value_and_grad, or turn dropout off with adapted.eval()"
         )
 
@@ -75,7 +84,11 @@ def dropped(term: LowRank, x: Array) -> Array:
     """Returns data with dropout, on its way to a delta (``peft.tuners.lora.layer.Linear``)."""
     keep = 1.0 - term.dropout
     assert term.key is not None
-    mask = jax.random.bernoulli(term.key, keep, x.shape)
+    key = term.key
+    manual = getattr(jax.typeof(x), "manual_axis_type", None)
+    for name in sorted(getattr(manual, "varying", ())):
+        key = jax.random.fold_in(key, lax.axis_index(name))  # other data, another mask
+    mask = jax.random.bernoulli(key, keep, x.shape)
     return lax.select(mask, x / jnp.array(keep, x.dtype), jnp.zeros_like(x))
 
 
@@ -96,7 +109,9 @@ def dot_general(context, eqn, lhs, rhs):
     scaled = set() if scale is None else set(scale.axes)
     if not (scaled <= {*summed, *batch} or scaled <= {*free, *batch}):
         raise MixedAxesError
-    terms, read = context.read(eqn, weight, role, rows=summed, cols=free, batch=batch)
+    terms, read = context.read(
+        eqn.primitive.name, weight, role, rows=summed, cols=free, batch=batch
+    )
     params = {k: eqn.params[k] for k in ("precision", "out_sharding")}
     accumulate = accumulator(eqn.outvars[0].aval.dtype)
     if not isinstance(params["precision"], (type(None), tuple, lax.Precision)):
@@ -104,14 +119,15 @@ def dot_general(context, eqn, lhs, rhs):
 
     before = bool(scaled & set(summed))
     if scale is not None and before:
-        x = _scaled(x, names, scale)
+        x = _scaled(x, names, scale, operation_dtype(x.dtype, weight.dtype))
 
     def dense(array: Array) -> Array:
         if isinstance(x, Weight):
             operands = [array, x] if first else [x, array]
             return context.apply(eqn, operands)[0]
         pair = (array, x) if first else (x, array)
-        kind = accumulate if len(terms) > 1 else eqn.params["preferred_element_type"]
+        alone = len(terms) == 1 and (scale is None or before)
+        kind = eqn.params["preferred_element_type"] if alone else accumulate
         return lax.dot_general(
             *pair, eqn.params["dimension_numbers"], **params, preferred_element_type=kind
         )
@@ -127,16 +143,10 @@ def dot_general(context, eqn, lhs, rhs):
     if role == LOOKUP:
         for term in terms:
             # The transpose of a projection reads as a lookup: rows are summed over.
-            _refuse_backward(context, term)
+            _refuse_differentiated(context, term)
         terms = tuple(without_dropout(t) for t in terms)
-    out = serve(context, eqn, weight, x, terms, dense, low_rank, read)
-    if scale is not None and not before:
-        aval = eqn.outvars[0].aval
-        wide = lax.convert_element_type(out, accumulate) * scale.astype(accumulate).spread(
-            order, aval.shape
-        )
-        out = lax.convert_element_type(wide, aval.dtype)
-    return [out]
+    after = None if scale is None or before else scale.spread(order, eqn.outvars[0].aval.shape)
+    return [serve(context, eqn, weight, x, terms, dense, low_rank, read, after)]
 
 
 def without_dropout(term: Term) -> Term:
@@ -151,10 +161,10 @@ def _names(x: Any, contracted: Sequence[int], batched: Sequence[int], summed: An
     return tuple(paired.get(i, f"x{i}") for i in range(len(x.shape)))
 
 
-def _scaled(x: Any, names: Sequence[Axis], scale: Factor) -> Any:
+def _scaled(x: Any, names: Sequence[Axis], scale: Factor, dtype: Any) -> Any:
     if isinstance(x, Weight):
         return x.with_scale(scale.relabel(names.index))
-    return Factor(x, tuple(names)).times(scale).array
+    return Factor(x, tuple(names)).astype(dtype).times(scale).array
 
 
 def chain(

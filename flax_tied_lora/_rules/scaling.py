@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._factor import Factor
+from flax_tied_lora._factor import Factor, accumulator
 from flax_tied_lora._rules import rule
 from flax_tied_lora._weight import Weight
 
@@ -36,6 +36,7 @@ def mul(context, eqn, lhs, rhs):
     small = lax.slice(other, [0] * other.ndim, limits)
     array = lax.squeeze(small, [i for i in range(other.ndim) if i not in varying])
     if eqn.primitive.name == "div":
-        array = jnp.ones((), array.dtype) / array
+        wide = lax.convert_element_type(array, accumulator(array.dtype))
+        array = jnp.ones((), wide.dtype) / wide
     out = weight.with_scale(Factor(array, tuple(varying)))
     return [dataclasses.replace(out, dtype=eqn.outvars[0].aval.dtype)]

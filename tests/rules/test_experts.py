@@ -147,3 +147,17 @@ def test_convolution_with_the_weight_as_data_is_added_up():
 
     explained = check(fn, EXPERTS, array(2, 4, 3, seed=2), on_dense="allow")
     assert [r.served for r in explained.reads] == ["dense"]
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_groups_that_differ_in_their_columns(columns):
+    """Each group's matrix is some columns of one table: the group axis is an axis of lora_b."""
+    params = {"embed": {"embedding": array(6, 4 * columns, seed=1)}}
+    x = array(6, 6, seed=2)
+
+    def model(params, x):
+        each = params["embed"]["embedding"].reshape(6, 4, columns).swapaxes(0, 1)
+        return lax.ragged_dot(x, each, jnp.array([2, 0, 3, 1]))
+
+    explained = check(model, wrapped(params, ["embed"], r=2), x, on_dense="error")
+    assert [r.served for r in explained.reads] == ["low rank"]
