@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flax_tied_lora._factor import (
-    RANK,
     Axis,
     Cost,
     Factor,
@@ -135,7 +134,7 @@ class LowRank(Term):
     ) -> Array:
         """Returns the delta added up, its axes in the given order, products added up in float32."""
         accumulate = accumulator(dtype)
-        a, b = self.a.ordered((*order, RANK)), self.b.ordered((RANK, *order))
+        a, b = self.a, self.b
         out = contract(
             a.astype(accumulate), b.astype(accumulate), order, accumulate=accumulate, cost=cost
         )

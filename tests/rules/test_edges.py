@@ -222,3 +222,27 @@ def test_a_custom_function_that_closes_over_something_gets_no_rule():
 
     with pytest.raises(ValueError, match="'scaled' closes over scale; functions that differ"):
         tied_lora.register_rule(make(2.0), lambda *_: NotImplemented)
+
+
+def test_rows_picked_from_stacked_kernels_compile():
+    """XLA's CPU compiler aborts on this product's transposition if it may fold the two."""
+    config = tied_lora.LoraConfig(r=2, target_modules=["dense"])
+    kernel = jax.random.normal(jax.random.key(0), (3, 8, 4, 4))
+    params = {"dense": {"kernel": kernel}}
+
+    def product(params: Any) -> jax.Array:
+        return jnp.einsum("nr,erlc->nelc", jnp.ones((2, 8)), params["dense"]["kernel"][:, :, :, :])
+
+    def stacked(params: Any) -> jax.Array:
+        return jnp.einsum("elnr,erlc->elnc", jnp.ones((3, 4, 2, 8)), params["dense"]["kernel"])
+
+    def model(params: Any) -> jax.Array:
+        return jnp.take(params["dense"]["kernel"], jnp.array([[0, 3], [1, 2]]), axis=2)
+
+    sites = tied_lora.trace(stacked, params)
+    adapted = tied_lora.wrap(params, config, sites=sites)
+    adapted = adapted.replace(adapters=jax.tree.map(lambda x: x + 0.5, adapted.adapters))
+    for function in (model, product):
+        found = jax.jit(tied_lora.adapt(function, on_dense="allow"))(adapted)
+        expected = function(tied_lora.merge(adapted))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
