@@ -13,18 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import flax_tied_lora as tied_lora
 from tests.oracle import array, check, wrapped
-
-TABLE = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"])
-X = array(3, 6, seed=2)
-IDS = jnp.array([1, 5, 1])
-
-
-def table(params):
-    return params["embed"]["embedding"]
-
-
-def served(explained):
-    return [(r.site.operation, r.served) for r in explained.reads]
+from tests.rules.tied_table import IDS, TABLE, X, served, table
 
 
 def project(w, x):

@@ -7,19 +7,8 @@ import jax.numpy as jnp
 import optax
 
 import flax_tied_lora as tied_lora
-from tests.oracle import array, check, wrapped
-
-TABLE = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"])
-X = array(3, 6, seed=2)
-IDS = jnp.array([1, 5, 1])
-
-
-def table(params):
-    return params["embed"]["embedding"]
-
-
-def served(explained):
-    return [(r.site.operation, r.served) for r in explained.reads]
+from tests.oracle import check
+from tests.rules.tied_table import IDS, TABLE, X, served, table
 
 
 def loss(params, x):
