@@ -1,0 +1,180 @@
+"""`Names`: a table of names with its ties, asked in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from flax_tied_lora._names.layout import TorchWeight
+from flax_tied_lora._names.table import Line, check_whole, digest, suggestion
+
+# Modules that pick rows of a tied table; the others that share it multiply by it.
+_LOOKUPS = ("embed_tokens", "embeddings", "embed", "shared", "wte")
+
+
+class UnmappedError(KeyError):
+    """A Flax leaf or a PyTorch name that no line of the table of names is for."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would quote it
+
+
+@dataclasses.dataclass(frozen=True)
+class Tie:
+    """A leaf, and PyTorch parameters that are the same tensor as the leaf's own.
+
+    Attributes:
+      path: of the leaf.
+      names: the PyTorch names, that of the leaf itself not among them.
+    """
+
+    path: str
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """How a model's Flax leaf paths and its PyTorch parameter names correspond. Hashable.
+
+    `names_of` makes it.
+
+    Attributes:
+      family: name of the family, or "own".
+      lines: the family's table.
+      extra: the user's lines, which go before it.
+      ties: parameters that are one tensor in PyTorch.
+      prefix: what the names of a model with a head begin with and of one without do not.
+      ignored: patterns of what PyTorch files hold besides parameters.
+      renamed: (pattern, replacement) of names in old files.
+      hints: a pattern of paths and what to do where one of those is unmapped; or ().
+    """
+
+    family: str
+    lines: tuple[Line, ...]
+    extra: tuple[Line, ...] = ()
+    ties: tuple[Tie, ...] = ()
+    prefix: str = ""
+    ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    hints: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Names({self.family!r}, {len(self.extra) + len(self.lines)} lines)"
+
+    @property
+    def tied(self) -> Mapping[str, tuple[str, ...]]:
+        """``{Flax path of the input embedding: PyTorch modules that share its weight}``."""
+        tied = {}
+        for tie in self.ties:
+            weights = [name for name in tie.names if name.endswith(".weight")]
+            if weights:
+                tied[tie.path] = tuple(name.removesuffix(".weight") for name in weights)
+        return MappingProxyType(tied)
+
+    def to_torch(self, path: str, shape: int | Sequence[int]) -> tuple[TorchWeight, ...]:
+        """Returns the PyTorch parameters that a leaf is: one, or one for each part of a fused leaf.
+
+        Args:
+          path: of the leaf.
+          shape: of the leaf, or the number of its axes.
+
+        Raises:
+          UnmappedError: no line is for it; the error shows one to add.
+          ValueError: the leaf has another number of axes than its line says, or its lines are not
+            the whole of it.
+        """
+        known = None if isinstance(shape, int) else tuple(shape)
+        ndim = shape if isinstance(shape, int) else len(shape)
+        found: list[TorchWeight] = []
+        for table in self._by_path:
+            for line in table.get(digest(path), ()):
+                found += line.weights(path, ndim, known) or ()
+            if found:
+                break
+        else:
+            raise UnmappedError(self._no_name(path, known, ndim))
+        if known is not None:
+            check_whole(path, found, known)
+        return tuple(found)
+
+    def to_flax(self, name: str) -> tuple[str, TorchWeight]:
+        """Returns the path of the leaf that a PyTorch parameter is, or is part of, and where in it.
+
+        The name of a tied parameter without a leaf of its own (``lm_head.weight``) gives the
+        input embedding's leaf.
+
+        Raises:
+          UnmappedError: no line is for it; the error shows one to add.
+        """
+        for line in self._by_name.get(digest(name), ()):
+            if found := line.leaf(name):
+                return found
+        if name in self._tie_of:
+            tie = self._tie_of[name]
+            weight = self.own_weight(tie)
+            module, _, parameter = name.rpartition(".")
+            kind = weight.kind
+            if kind == "embedding" and not module.endswith(_LOOKUPS):
+                kind = "linear"
+            return tie.path, dataclasses.replace(
+                weight, module=module, parameter=parameter, kind=kind
+            )
+        raise UnmappedError(self._no_path(name))
+
+    def is_ignored(self, name: str) -> bool:
+        """Returns whether a PyTorch tensor is no parameter: a mask, positions."""
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+    def own_weight(self, tie: Tie) -> TorchWeight:
+        """Returns the PyTorch parameter of a tie's own leaf."""
+        lines = (line for table in self._by_path for line in table.get(digest(tie.path), ()))
+        ndim = next((x.layout.ndim for x in lines if x.path_regex.fullmatch(tie.path)), 2)
+        return self.to_torch(tie.path, ndim)[0]
+
+    @functools.cached_property
+    def _tie_of(self) -> dict[str, Tie]:
+        return {name: tie for tie in reversed(self.ties) for name in tie.names}
+
+    @functools.cached_property
+    def _by_path(self) -> tuple[dict[str, list[Line]], ...]:
+        tables = self.extra, self.lines
+        return tuple(_grouped(lines, [line.path for line in lines]) for lines in tables)
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[Line]]:
+        lines = (*self.extra, *self.lines)
+        return _grouped(lines, [line.name for line in lines])
+
+    def _no_name(self, path: str, shape: tuple[int, ...] | None, ndim: int) -> str:
+        size = f" {list(shape)}" if shape is not None else f" of {ndim} axes"
+        start = f"leaf {path!r}{size} has no PyTorch name in the table of {self.family!r}"
+        if self.hints and re.fullmatch(self.hints[0], path):
+            return f"{start}. {self.hints[1]}"
+        return (
+            f"{start}. Add a line for it, with its PyTorch name put right: "
+            f"names_of(..., extra=[{suggestion(path, ndim)!r}])"
+        )
+
+    def _no_path(self, name: str) -> str:
+        pattern = re.sub(r"\d+", "{}", name)
+        module, _, parameter = pattern.rpartition(".")
+        leaf = {"weight": "kernel"}.get(parameter, parameter)
+        line = ("/".join(filter(None, [module.replace(".", "/"), leaf])), pattern)
+        known = [line.name for line in (*self.extra, *self.lines)]
+        near = difflib.get_close_matches(pattern, known, 3)
+        close = f" The table has {', '.join(map(repr, near))}." if near else ""
+        return (
+            f"PyTorch parameter {name!r} has no Flax leaf in the table of {self.family!r}.{close} "
+            f"Add a line for it, with its leaf's path put right: names_of(..., extra=[{line!r}])"
+        )
+
+
+def _grouped(lines: Sequence[Line], patterns: Sequence[str]) -> dict[str, list[Line]]:
+    groups: dict[str, list[Line]] = {}
+    for line, pattern in zip(lines, patterns, strict=True):
+        groups.setdefault(digest(pattern), []).append(line)
+    return groups
