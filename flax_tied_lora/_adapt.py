@@ -12,11 +12,13 @@ import jax
 
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._calls import Calls, filling
-from flax_tied_lora._evaluate import Context, OnDense, evaluate, warn_of_dense
-from flax_tied_lora._merge import plain, weights_of
+from flax_tied_lora._densify import warn_of_dense
+from flax_tied_lora._evaluate import Context, OnDense, evaluate
+from flax_tied_lora._merge import plain
 from flax_tied_lora._paths import flatten
 from flax_tied_lora._sites import Read, numbered
-from flax_tied_lora._weight import LowRank, Weight
+from flax_tied_lora._weight import Dense, Weight
+from flax_tied_lora._weights import weights_of
 
 
 class UnreadTargetWarning(UserWarning):
@@ -116,10 +118,7 @@ def _weights(adapted: Adapted, mark: str, context: Context) -> dict[str, Weight]
             weight = weights[member.path]
             if mark:
                 named = tuple(dataclasses.replace(o, leaf=o.leaf + mark) for o in weight.origins)
-                terms = tuple(
-                    dataclasses.replace(t, group=t.group + mark) if isinstance(t, LowRank) else t
-                    for t in weight.terms
-                )
+                terms = tuple(t.renamed(lambda name: name + mark) for t in weight.terms)
                 weight = weight.replace(origins=named, terms=terms)
             context.leaves[member.path + mark] = group.info(member)  # type: ignore[index]
             weights[member.path] = weight
@@ -128,8 +127,7 @@ def _weights(adapted: Adapted, mark: str, context: Context) -> dict[str, Weight]
 
 def _aval(weight: Weight) -> Any:
     """Returns the aval of an adapted leaf, with the sharding that its array has."""
-    dense, _ = weight.parted()
-    return jax.typeof(dense)
+    return jax.typeof(next(t.array for t in weight.terms if isinstance(t, Dense)))
 
 
 def mark_of(number: int, adapteds: Sequence[Adapted]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +12,9 @@ import jax
 from flax_tied_lora._factor import pytree
 from flax_tied_lora._factors import typed_key, unboxed
 from flax_tied_lora._paths import TiedLeaf, describe, flatten
-from flax_tied_lora._plan import GroupPlan, Plan
+from flax_tied_lora._plan import COLLECTIONS, LORA, GroupPlan, Plan
 from flax_tied_lora._table import folded, table
 
-LORA = "lora"
 _SCALING = "lora_scaling"
 _PARAMS = "params"
 
@@ -27,9 +26,12 @@ class Adapted:
     Attributes:
       params: the frozen params. Of a tie group one array is stored, and a leafless `TiedLeaf`
         stands where the others were.
-      adapters: the trainable pytree: ``{"lora": {group key: {"lora_a": ..., "lora_b": ...}}}``.
-      scaling: ``{group key: scalar}``; an array leaf, so that switching, stacking and rescaling
-        adapters recompiles nothing.
+      adapters: the trainable pytree, a collection for each kind of adapter, by key:
+        ``{"lora": {group key: {"lora_a": ..., "lora_b": ...}}}``, with ``"lora_magnitude"`` for
+        DoRA; and where the config asks for them ``"modules_to_save"`` (full copies),
+        ``"trainable_tokens"`` (rows that replace rows) and ``"bias"``, each ``{key: array}``.
+      scaling: ``{key: scalar}`` of the factors; an array leaf, so that switching, stacking and
+        rescaling adapters recompiles nothing.
       rng: key for dropout, or None for no dropout; see `train`.
       plan: what was adapted; static.
     """
@@ -49,8 +51,7 @@ class Adapted:
         """
         adapters = changes.get("adapters")
         if isinstance(adapters, Mapping):
-            _check_groups(self.plan, adapters)
-            _check_factors("Adapted.replace", self.plan, adapters[LORA], stacked=True)
+            _check_adapters("Adapted.replace", self.plan, adapters, stacked=True)
         return dataclasses.replace(self, **changes)
 
     def train(self, rng: jax.Array) -> Adapted:
@@ -89,9 +90,13 @@ class Adapted:
                     f"{', '.join(map(repr, variables))}"
                 )
         adapters = {k: v for k, v in variables.items() if k not in (_PARAMS, _SCALING)}
-        _check_groups(plan, adapters)
-        _check_groups(plan, variables, _SCALING)
-        _check_factors("Adapted.from_variables", plan, adapters[LORA])
+        _check_adapters("Adapted.from_variables", plan, adapters)
+        _check_keys(
+            "Adapted.from_variables",
+            _SCALING,
+            variables[_SCALING],
+            [a.key for _, a in plan.adapters(LORA)],
+        )
         return cls(variables[_PARAMS], adapters, variables[_SCALING], None, plan)
 
     def __repr__(self) -> str:
@@ -101,53 +106,74 @@ class Adapted:
         return summary(self)
 
 
-def _check_factors(what: str, plan: Plan, lora: Mapping[str, Any], stacked: bool = False) -> None:
-    """Refuses factors of other shapes than the plan's; stacked ones have axes in front."""
-    for group in plan.adapted:
-        pair = lora[group.key]
-        if not isinstance(pair, Mapping):
+def _check_adapters(
+    what: str, plan: Plan, adapters: Mapping[str, Any], stacked: bool = False
+) -> None:
+    """Refuses adapters of other keys and shapes than the plan's; stacked ones have more axes."""
+    wanted: dict[str, list[str]] = {LORA: []}
+    for _, adapter in plan.adapters():
+        wanted.setdefault(adapter.kind, []).append(adapter.key)
+    for kind in wanted:
+        if kind not in adapters:
+            raise ValueError(
+                f"{what}: these are not the plan's adapters: expected a collection {kind!r}, found "
+                f"{sorted(adapters)[:5]}"
+            )
+    for kind in COLLECTIONS:  # Others are the user's own.
+        if kind in adapters:
+            _check_keys(what, kind, adapters[kind], wanted.get(kind, []))
+    for group, adapter in plan.adapters():
+        own = adapters[adapter.kind][adapter.key]
+        if adapter.kind == LORA and not isinstance(own, Mapping):
             continue
-        for name, shape in group.factor_shapes().items():
-            if name not in pair:
+        for name, shape in group.shapes(adapter).items():
+            if name and name not in own:
                 raise ValueError(
-                    f"{what}: {group.key!r} has no {name}, found {', '.join(map(repr, pair))}; "
-                    "expected lora_a and lora_b"
+                    f"{what}: {adapter.key!r} has no {name}, found {', '.join(map(repr, own))}; "
+                    f"expected {', '.join(group.shapes(adapter))}"
                 )
-            factor = unboxed(pair[name])
-            found = getattr(factor, "shape", None)
-            own = found[-len(shape) :] if found is not None and stacked else found
-            if own is not None and tuple(own) != shape:
-                raise ValueError(
-                    f"{what}: {name} of {group.key!r} is {describe(factor)}; the plan has "
-                    f"{list(shape)}"
-                )
+            _check_shape(what, name or adapter.kind, adapter.key, own[name] if name else own, shape,
+                         stacked)  # fmt: skip
 
 
-def _check_groups(plan: Plan, adapters: Mapping[str, Any], collection: str = LORA) -> None:
-    found = adapters.get(collection)
+def _check_shape(
+    what: str, name: str, key: str, array: Any, shape: tuple[int, ...], stacked: bool
+) -> None:
+    array = unboxed(array)
+    found = getattr(array, "shape", None)
+    own = found[-len(shape) :] if found is not None and stacked else found
+    if own is not None and tuple(own) != shape:
+        raise ValueError(
+            f"{what}: {name} of {key!r} is {describe(array)}; the plan has {list(shape)}"
+        )
+
+
+def _check_keys(what: str, collection: str, found: Any, keys: Sequence[str]) -> None:
     if not isinstance(found, Mapping):
         raise ValueError(
-            f"these are not the plan's adapters: expected a collection {collection!r}, found "
-            f"{sorted(adapters)[:5]}"
+            f"{what}: these are not the plan's adapters: {collection!r} is a "
+            f"{type(found).__name__}; expected a dict"
         )
-    wanted = {group.key for group in plan.adapted}
+    wanted = set(keys)
     if set(found) != wanted:
         odd = {"missing": sorted(wanted - set(found)), "unknown": sorted(set(found) - wanted)}
-        parts = [f"{what} {', '.join(map(repr, n[:3]))}" for what, n in odd.items() if n]
-        raise ValueError(f"these are not the plan's adapters: in {collection!r} {'; '.join(parts)}")
+        parts = [f"{how} {', '.join(map(repr, n[:3]))}" for how, n in odd.items() if n]
+        raise ValueError(
+            f"{what}: these are not the plan's adapters: in {collection!r} {'; '.join(parts)}"
+        )
 
 
 def summary(adapted: Adapted) -> str:
     """Returns a table of the groups, and the number of trainable parameters, each counted once."""
     leaves, _ = flatten(adapted.params)
-    rows = folded((_row(group) for group in adapted.plan.groups), sums=[5])
-    trainable = sum(_factor_size(g) for g in adapted.plan.adapted)
+    rows = folded((row for g in adapted.plan.groups for row in _rows(g)), sums=[5])
+    trainable = sum(g.size(a) for g, a in adapted.plan.adapters())
     frozen = sum(
         math.prod(x.shape)
         for x in leaves.values()
         if not isinstance(x, TiedLeaf) and hasattr(x, "shape")
     )
-    header = ("group", "also read as", "tied by", "shape", "rank", "trainable")
+    header = ("group", "also read as", "tied by", "shape", "adapter", "trainable")
     share = 100 * trainable / max(frozen + trainable, 1)
     return (
         f"{table(header, rows)}\n"
@@ -155,15 +181,10 @@ def summary(adapted: Adapted) -> str:
     )
 
 
-def _row(group: GroupPlan) -> tuple[Any, ...]:
+def _rows(group: GroupPlan) -> list[tuple[Any, ...]]:
     others = ", ".join(
         m.path + (" (transposed)" if m.transposed else "") for m in group.members[1:]
     )
     shape = " x ".join(map(str, group.shape))
-    return group.key, others, ", ".join(group.found), shape, group.rank, _factor_size(group)
-
-
-def _factor_size(group: GroupPlan) -> int:
-    if not group.rank:
-        return 0
-    return sum(math.prod(shape) for shape in group.factor_shapes().values())
+    common = group.key, others, ", ".join(group.found), shape
+    return [(*common, str(a), group.size(a)) for a in group.adapters] or [(*common, "", 0)]

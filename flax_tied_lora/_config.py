@@ -20,20 +20,18 @@ from typing import Any
 
 from flax_tied_lora import _config_checks as check
 from flax_tied_lora._config_checks import FrozenMapping
+from flax_tied_lora._config_conflicts import refuse_contradictions
 
 _ANY = ".*"
 
 # Field -> the values (regexes) that are known to PEFT and not carried out here yet; _ANY: every
 # value but the default.
 _NOT_YET: dict[str, str] = {
-    "bias": "all|lora_only",
-    "init_lora_weights": "eva|olora|pissa(_niter_[0-9]+)?|corda|loftq|orthogonal|mica|lora_ga",
+    "init_lora_weights": "eva|corda|loftq|mica|lora_ga",
     "alora_invocation_tokens": _ANY,
     "arrow_config": _ANY,
     "corda_config": _ANY,
-    "ensure_weight_tying": _ANY,
     "eva_config": _ANY,
-    "fan_in_fan_out": _ANY,
     "kasa_config": _ANY,
     "layer_replication": _ANY,
     "loftq_config": _ANY,
@@ -41,14 +39,10 @@ _NOT_YET: dict[str, str] = {
     "lora_ga_config": _ANY,
     "megatron_config": _ANY,
     "megatron_core": _ANY,
-    "modules_to_save": _ANY,
     "monteclora_config": _ANY,
     "qalora_group_size": _ANY,
     "runtime_config": _ANY,
-    "target_parameters": _ANY,
-    "trainable_token_indices": _ANY,
     "use_bdlora": _ANY,
-    "use_dora": _ANY,
     "use_qalora": _ANY,
     "velora_config": _ANY,
 }
@@ -68,8 +62,9 @@ class LoraConfig:
         use_rslora: False (default): scaling is ``alpha / r``. True: ``alpha / sqrt(r)``
             (rank-stabilised LoRA, arXiv:2312.03732).
         target_modules: What to adapt: a list of names, each a whole path or its last parts; or one
-            regex that must match a whole path; or ``"all-linear"``. Default None (PEFT then goes
-            by architecture; `wrap` asks for names).
+            regex that must match a whole path; or ``"all-linear"``. An empty list: nothing, where
+            another field says what to train. Default None (PEFT then goes by architecture; `wrap`
+            asks for names, unless another field says what to train).
         exclude_modules: What to leave out, as a list or a regex in the same way. Default None.
         layers_to_transform: Layer index or indices (from 0) to adapt; only with a list of
             `target_modules`. Default None: all layers.
@@ -80,9 +75,30 @@ class LoraConfig:
         alpha_pattern: The same for `lora_alpha`. Default {}.
         lora_dropout: Probability in [0, 1) of dropping an input of the factors while training.
             Default 0.0.
-        init_lora_weights: True (default): the delta starts at zero. False: both factors random, for
-            debugging. ``"gaussian"``: the random factor is normal with deviation 1 / r.
-        bias: ``"none"`` (default).
+        target_parameters: Names of single parameters to adapt, each a whole path or its last parts
+            (``"experts.gate_up_proj"``), for weights that are no module's kernel; no regexes. Not
+            with `lora_dropout`, `use_dora` or `fan_in_fan_out`. Default None.
+        init_lora_weights: How the factors start. True (default): the delta is zero. False: both
+            factors random, for debugging. ``"gaussian"``: the random factor is normal with
+            deviation 1 / r. ``"pissa"`` (arXiv:2404.02948): the r largest singular directions of
+            the weight, which are taken out of the frozen weight; ``"pissa_niter_<k>"``: the same by
+            a fast SVD of k subspace iterations. ``"olora"`` (arXiv:2406.01775): from the weight's
+            QR decomposition, taken out likewise. ``"orthogonal"``: orthogonal to each other, so
+            that the delta is zero; the rank must be even.
+        use_dora: Whether to learn the magnitude of each column of a weight on its own and the
+            direction by the factors (DoRA, arXiv:2402.09353). Default False.
+        bias: Which biases are trained: ``"none"`` (default); ``"all"`` of the model;
+            ``"lora_only"``: those of the adapted modules.
+        fan_in_fan_out: PEFT's word for kernels stored as [in, out], as GPT-2's are in PyTorch;
+            kept for PEFT. Nothing here depends on it: the model says which axis is which.
+        modules_to_save: Names of modules to train in full, as a copy of the weight: one for all
+            members of a tie group, unless `ensure_weight_tying` is False. A list, never a regex.
+            Default None.
+        trainable_token_indices: Token ids whose rows are trained, and no others: a list, for the
+            input embedding; or a dict from a table's name to its list. Default None.
+        ensure_weight_tying: Adapters of tied weights. None (default) ties what is tied and says
+            nothing. True and False do what they do in PEFT, with its warnings and errors: True
+            ties, False gives each name that is targeted an adapter of its own.
         task_type: One of PEFT's task types; kept as written, like the next five. Default None.
         base_model_name_or_path: Name of the base model. Default None.
         revision: Its version. Default None.
@@ -90,7 +106,6 @@ class LoraConfig:
         peft_version: PEFT's version that wrote the file. Default None.
         auto_mapping: PEFT's record of the base model's class. Default None.
         peft_type: ``"LORA"``, and nothing else.
-        ensure_weight_tying: None (default) ties what is tied. PEFT's True and False: not yet.
 
     The other fields are PEFT's too and not carried out yet: they may be given their default.
 
@@ -120,7 +135,12 @@ class LoraConfig:
     layers_pattern: Collection[str] | str | None = None
     rank_pattern: Mapping[str, int] = _EMPTY
     alpha_pattern: Mapping[str, float] = _EMPTY
+    target_parameters: Collection[str] | None = None
+    use_dora: bool = False
     bias: str = "none"
+    fan_in_fan_out: bool = False
+    modules_to_save: Collection[str] | None = None
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
     ensure_weight_tying: bool | None = None
     peft_type: str = "LORA"
     task_type: str | None = None
@@ -133,7 +153,6 @@ class LoraConfig:
     arrow_config: Any = None
     corda_config: Any = None
     eva_config: Any = None
-    fan_in_fan_out: bool = False
     kasa_config: Any = None
     layer_replication: Any = None
     loftq_config: Any = _EMPTY
@@ -141,14 +160,10 @@ class LoraConfig:
     lora_ga_config: Any = None
     megatron_config: Any = None
     megatron_core: str | None = "megatron.core"
-    modules_to_save: Any = None
     monteclora_config: Any = None
     qalora_group_size: int = 16
     runtime_config: Any = None
-    target_parameters: Any = None
-    trainable_token_indices: Any = None
     use_bdlora: Any = None
-    use_dora: bool = False
     use_qalora: bool = False
     velora_config: Any = None
 
@@ -173,13 +188,16 @@ class LoraConfig:
         self._put("r", check.positive_int)
         self._put("lora_alpha", check.positive)
         self._put("lora_dropout", check.probability)
-        for name in ("use_rslora", "inference_mode"):
+        for name in ("use_rslora", "inference_mode", "use_dora", "fan_in_fan_out"):
             self._put(name, check.boolean)
         self._put("task_type", check.task_type)
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             self._put(name, check.text)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             self._put(name, check.names)
+        for name in ("modules_to_save", "target_parameters"):
+            self._put(name, check.name_list)
+        self._put("trainable_token_indices", check.token_indices)
         for pattern in check.as_tuple(self.layers_pattern):
             check.regex("layers_pattern", pattern, inside=True)
         self._put("layers_to_transform", check.indices)
@@ -188,9 +206,10 @@ class LoraConfig:
         if self.auto_mapping is not None:
             self._put("auto_mapping", lambda f, v: check.mapping(f, v, check.text))
         self._put("peft_type", lambda f, v: check.one_of(f, "LORA" if v is None else v, ["LORA"]))
-        self._put("bias", lambda f, v: check.one_of(f, v, ["none"]))
-        self._put("init_lora_weights", lambda f, v: check.one_of(f, v, [True, False, "gaussian"]))
-        self._refuse_contradictions()
+        self._put("bias", lambda f, v: check.one_of(f, v, ["none", "all", "lora_only"]))
+        self._put("init_lora_weights", check.initialisation)
+        self._put("ensure_weight_tying", lambda f, v: check.one_of(f, v, [None, True, False]))
+        refuse_contradictions(self)
 
     def _put(self, field: str, convert: Callable[[str, Any], Any]) -> None:
         value = getattr(self, field)
@@ -213,28 +232,6 @@ class LoraConfig:
                     f"LoraConfig: {field}={value!r} is not carried out by this version; expected "
                     f"{default!r}, the default. Leave it out."
                 )
-
-    def _refuse_contradictions(self) -> None:
-        targets, excluded = self.target_modules, self.exclude_modules
-        if targets == ():
-            raise ValueError("LoraConfig: target_modules is empty, so nothing would be adapted")
-        both = [t for t in check.as_tuple(targets) if t in check.as_tuple(excluded)]
-        if both:
-            raise ValueError(
-                f"LoraConfig: {', '.join(both)} named in both target_modules and exclude_modules; "
-                "drop one of them"
-            )
-        for field in ("layers_to_transform", "layers_pattern"):
-            if isinstance(targets, str) and getattr(self, field) is not None:
-                raise ValueError(
-                    f"LoraConfig: {field} needs target_modules as a list, found the string "
-                    f"{targets!r}; list the names, or put the layers into the regex"
-                )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                f"LoraConfig: layers_pattern={self.layers_pattern!r} needs layers_to_transform, "
-                "found None; say which layers, or leave layers_pattern out"
-            )
 
     def rank_for(self, path: str) -> int:
         """Returns the rank for a module: `rank_pattern`'s first match, or `r`.

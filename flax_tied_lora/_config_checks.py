@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 _V = TypeVar("_V")
+_INITIALISATIONS = (True, False, "gaussian", "pissa", "olora", "orthogonal")
 _TASK_TYPES = (
     "SEQ_CLS",
     "SEQ_2_SEQ_LM",
@@ -97,13 +98,27 @@ def task_type(field: str, value: Any) -> str | None:
     return None if value is None else one_of(field, value, _TASK_TYPES)
 
 
-def one_of(field: str, value: Any, choices: Sequence[Any]) -> Any:
-    """Returns `value`, which must be one of the choices, in type too (1 is not True)."""
+def one_of(field: str, value: Any, choices: Sequence[Any], more: str = "") -> Any:
+    """Returns `value`, which must be one of the choices, in type too (1 is not True).
+
+    Args:
+        field: The field's name.
+        value: Its value.
+        choices: What it may be.
+        more: Ends the error's list of choices.
+    """
     if any(type(value) is type(choice) and value == choice for choice in choices):
         return value
     known_type = any(type(value) is type(choice) for choice in choices)
-    expected = " or ".join(map(repr, choices))
+    expected = " or ".join(map(repr, choices)) + more
     raise _wrong(ValueError if known_type else TypeError, field, value, expected)
+
+
+def initialisation(field: str, value: Any) -> bool | str:
+    """Returns an initialisation that is carried out; PEFT's others never come this far."""
+    if isinstance(value, str) and re.fullmatch(r"pissa_niter_[0-9]+", value):
+        return value
+    return one_of(field, value, _INITIALISATIONS, " or 'pissa_niter_<k>' with an int k from 0")
 
 
 def names(field: str, value: Any) -> tuple[str, ...] | str | None:
@@ -112,16 +127,33 @@ def names(field: str, value: Any) -> tuple[str, ...] | str | None:
         return None
     if isinstance(value, str):
         return regex(field, value)
-    if not isinstance(value, list | tuple | set | frozenset):
-        raise _wrong(TypeError, field, value, "a list of strings, one string, or None")
-    for item in value:
-        if not isinstance(item, str):
-            raise _wrong(TypeError, field, value, f"strings in the list, found {item!r}")
-        if not item:
-            raise _wrong(ValueError, field, value, "names, found an empty string")
-    _no_duplicates(field, value)
-    # Sets have no order of their own: sort, so that equal sets make equal configs.
-    return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    checked = _strings(field, value, "a list of strings, one string, or None")
+    _no_duplicates(field, checked)
+    return checked
+
+
+def name_list(field: str, value: Any) -> tuple[str, ...] | None:
+    """Returns a list of names as a tuple, each once, or None; one string is no list.
+
+    A name may come twice: PEFT adds a classifier's name to `modules_to_save`, there or not.
+    """
+    if value is None:
+        return None
+    return tuple(dict.fromkeys(_strings(field, value, "a list of strings or None")))
+
+
+def token_indices(field: str, value: Any) -> tuple[int, ...] | FrozenMapping[Any] | None:
+    """Returns token ids as a tuple, in their order, or a mapping from table names to such."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        expected = "a list of ints from 0, a dict of them by table name, or None"
+        return _token_list(field, value, expected)
+    if not value:
+        raise _wrong(ValueError, field, value, "at least one table; None means no tokens")
+    if "" in value:
+        raise _wrong(ValueError, field, value, "the names of tables, found an empty string")
+    return mapping(field, value, lambda f, v: _token_list(f, v, "a list of ints from 0"))
 
 
 def indices(field: str, value: Any) -> tuple[int, ...] | int | None:
@@ -200,7 +232,9 @@ def plain(value: Any) -> Any:
     """Returns tuples as lists and mappings as dicts, as JSON has them."""
     if isinstance(value, tuple):
         return list(value)
-    return dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return value
 
 
 @functools.cache
@@ -212,6 +246,28 @@ def _real(field: str, value: Any, expected: str) -> int | float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise _wrong(TypeError, field, value, expected)
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _strings(field: str, value: Any, expected: str) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise _wrong(TypeError, field, value, expected)
+    for item in value:
+        if not isinstance(item, str):
+            raise _wrong(TypeError, field, value, f"strings in the list, found {item!r}")
+        if not item:
+            raise _wrong(ValueError, field, value, "names, found an empty string")
+    # Sets have no order of their own: sort, so that equal sets make equal configs.
+    return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+
+
+def _token_list(field: str, value: Any, expected: str) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple | set | frozenset | range):
+        raise _wrong(TypeError, field, value, expected)
+    if not value:
+        raise _wrong(ValueError, field, value, "at least one token; leave the field out for none")
+    checked = indices(field, value)
+    assert isinstance(checked, tuple)  # not one int: that is refused above
+    return checked
 
 
 def _no_duplicates(field: str, value: Any) -> None:

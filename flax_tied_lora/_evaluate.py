@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,20 +16,13 @@ from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Var, jaxpr_
 from jax.extend.core import Literal as Constant
 
 from flax_tied_lora import _rules
+from flax_tied_lora._densify import DensifyError, densified
 from flax_tied_lora._factor import Cost
 from flax_tied_lora._provenance import Provenance
-from flax_tied_lora._sites import LOOKUP, OTHER, CallSite, Read, module_scope
+from flax_tied_lora._sites import LOOKUP, OTHER, PROJECTION, CallSite, Read, module_scope
 from flax_tied_lora._weight import LowRank, Term, Weight
 
 OnDense = Literal["warn", "error", "allow"]
-
-
-class DensifyWarning(UserWarning):
-    """A weight and its delta were added up into one array, at the cost of that array."""
-
-
-class DensifyError(ValueError):
-    """The same, refused: ``on_dense="error"``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +154,8 @@ class Context:
         if cols is None:
             cols = [i for i in range(len(weight.shape)) if i not in (*rows, *batch)]
         found = LOOKUP if role == OTHER and all(o.picked for o in weight.origins) else role
-        terms = weight.at(found, module_scope(self.full_scope))
-        groups = tuple(dict.fromkeys(t.group for t in terms if isinstance(t, LowRank)))
+        terms = weight.at(self._forward(found, weight), module_scope(self.full_scope))
+        groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
         cost = Cost()
         for origin in weight.origins:
             dims: dict[str, Any] = {}
@@ -177,7 +169,7 @@ class Context:
                 dims = {"rows": origin.picked, "cols": tuple(sorted(set(left)))}
             scope = module_scope(self.here)
             site = CallSite(origin.leaf, name, scope=scope, role=kind, **dims)
-            self.reads.append(Read(site, "low rank" if groups else "plain", groups))
+            self.reads.append(Read(site, _served(terms), groups))
         index = len(self.reads) - 1
 
         def report(spent: Cost) -> None:
@@ -188,6 +180,18 @@ class Context:
             )
 
         return terms, report
+
+    def _forward(self, role: Any, weight: Weight) -> Any:
+        """Returns the role of the site that a site in a backward pass belongs to.
+
+        The backward pass of a projection reads as a lookup, as its rows are summed over, and that
+        of a one-hot lookup as a projection.
+        """
+        if role == OTHER or all(t.sites is None for t in weight.terms):
+            return role
+        if "transpose(" not in self.full_scope:
+            return role
+        return PROJECTION if role == LOOKUP else LOOKUP
 
     def dense(self, eqn: JaxprEqn, weight: Weight) -> Any:
         """Returns a weight added up, and reports it unless there is nothing to add."""
@@ -200,6 +204,8 @@ class Context:
     def _added_up(self, operation: str, weight: Weight) -> Any:
         # What was picked and went elsewhere than into a product was a lookup after all.
         picked = all(o.picked for o in weight.origins)
+        if not picked:
+            self._refuse_separate(operation, weight)
         terms = weight.at(LOOKUP if picked else OTHER, module_scope(self.full_scope))
         if picked or _is_plain(weight, terms):
             if picked or operation != "return":
@@ -208,9 +214,21 @@ class Context:
             self.added_up(operation, weight, terms)
         return weight.dense(terms)
 
+    def _refuse_separate(self, operation: str, weight: Weight) -> None:
+        """Refuses a site of no known role where adapters are for lookups or for projections."""
+        filters = [t.sites for t in weight.terms if t.sites is not None]
+        if any(f.role or any(other.role for other in f.others) for f in filters):
+            leaf = weight.origins[0].leaf
+            raise ValueError(
+                f"adapt: {self.shown.get(leaf, leaf)!r} has separate adapters for its lookups and "
+                f"its projections, and {operation!r} in {module_scope(self.full_scope)!r} is "
+                "neither. Tie them (ensure_weight_tying=None or True), or write a rule "
+                "(register_rule)"
+            )
+
     def added_up(self, operation: str, weight: Weight, terms: Sequence[Term]) -> None:
         """Reports that terms of a weight are added up into an array of its size, or refuses it."""
-        groups = tuple(dict.fromkeys(t.group for t in terms if isinstance(t, LowRank)))
+        groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
 
         def read(leaf: str, scope: str) -> Read:
             site = CallSite(leaf, operation, scope=module_scope(scope), role=OTHER)
@@ -226,32 +244,21 @@ def _is_plain(weight: Weight, terms: Sequence[Term]) -> bool:
     return len(terms) == 1 and terms[0].whole and weight.scale is None
 
 
+def _served(terms: Sequence[Term]) -> str:
+    """Returns how a call site is served by terms that need not be added up."""
+    adapters = [t for t in terms if t.group]
+    if any(isinstance(t, LowRank) for t in adapters):
+        return "low rank"
+    if any(not t.whole for t in adapters):
+        return "rows"
+    return "copy" if adapters else "plain"
+
+
 def _bytes(weight: Weight) -> int:
     size = jax.numpy.dtype(weight.dtype).itemsize
     for n in weight.shape:
         size *= n
     return size
-
-
-def densified(read: Read) -> str:
-    """Returns the message for a call site that had its weight added up."""
-    site = read.site
-    where = f" in {site.scope!r}" if site.scope else ""
-    what = (
-        "hands it back" if site.operation == "return"
-        else f"is read by {site.operation!r}{where}, for which there is no low-rank rule"
-    )  # fmt: skip
-    return (
-        f"adapt: {site.leaf!r} {what}; the weight and its delta were added up into one array of "
-        f"{read.bytes:,} bytes. Take it out of target_modules, write a rule (register_rule), or "
-        'accept the cost with on_dense="allow"'
-    )
-
-
-def warn_of_dense(reads: Sequence[Read]) -> None:
-    """Warns once for each call site that had its weight added up."""
-    for read in dict.fromkeys(r for r in reads if r.served == "dense"):
-        warnings.warn(densified(read), DensifyWarning, stacklevel=3)
 
 
 def run(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
@@ -94,6 +95,16 @@ class Factor:
         wide = accumulator(dtype, scale.array.dtype)
         product = self.array.astype(wide) * scale.astype(wide).spread(self.axes, shape)
         return Factor(product.astype(dtype), self.axes)
+
+
+def take(array: Array, ids: Array, axis: int) -> Array:
+    """Returns entries of an array along an axis, under Explicit axes replicated along it."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    if sharding is None or not any(sharding.spec):
+        return jnp.take(array, ids, axis=axis)
+    spec = (None if i == axis else name for i, name in enumerate(sharding.spec))
+    where = (*[slice(None)] * axis, ids)
+    return array.at[where].get(out_sharding=jax.NamedSharding(sharding.mesh, jax.P(*spec)))
 
 
 @dataclasses.dataclass

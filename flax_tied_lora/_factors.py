@@ -1,4 +1,4 @@
-"""The factors of a plan's groups: made, placed like their leaf, boxed like their leaf."""
+"""The adapters of a plan: made, placed like their leaf, boxed like their leaf."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from flax_tied_lora._factor import RANK
+from flax_tied_lora._factor import RANK, take
 from flax_tied_lora._paths import describe, is_tracer, path_name
-from flax_tied_lora._plan import GroupPlan, Plan
+from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan, Plan
 
 DTYPE = jnp.float32
 
@@ -51,58 +51,89 @@ class _Kind:
     sharding: Any
 
 
-def make_factors(
+def make_adapters(
     plan: Plan, leaves: Mapping[str, Any], boxes: Mapping[str, Any], rng: jax.Array
 ) -> dict[str, dict[str, Any]]:
-    """Returns ``{group key: {"lora_a": ..., "lora_b": ...}}`` for a plan's adapted groups.
+    """Returns the adapters of a plan: ``{kind: {key: array, or factors by name}}``.
 
     A kernel starts with random ``lora_a`` and zero ``lora_b``, a table with zero ``lora_a`` and
-    normal ``lora_b``, as ``peft.tuners.lora.layer.LoraLayer.reset_lora_parameters`` has it. A
-    factor of an abstract leaf is abstract, and one of a sharded leaf sharded: rows as its rows,
-    columns as its columns, rank replicated.
+    normal ``lora_b``, as ``peft.tuners.lora.layer.LoraLayer.reset_lora_parameters`` has it. Copies,
+    replaced rows and biases start as what they stand in for, a magnitude as the norm of the
+    columns. All are float32. What belongs to an abstract leaf is abstract, and to a sharded leaf
+    sharded: rows as its rows, columns as its columns, rank replicated.
+
+    Factors that start from the weight itself (PiSSA) start as zeros here; `start_from_weights`
+    fills them in.
 
     Args:
       leaves: the params, by path.
       boxes: boxes of those leaves that have one (`flax.core.meta.AxisMetadata`).
-      rng: each factor's random key is the group key and the factor's name folded into it, so the
-        order of targets never matters.
+      rng: each factor's random key is the adapter's key and the factor's name folded into it, so
+        the order of targets never matters.
     """
     made: dict[_Kind, list[tuple[str, str]]] = {}
-    factors: dict[str, dict[str, Any]] = {group.key: {} for group in plan.adapted}
-    for group in plan.adapted:
-        for name, shape in group.factor_shapes().items():
-            leaf = leaves[group.key]
-            sharding = _sharding(leaf, group.factor_axes[name])
+    found: dict[tuple[str, str, str], Any] = {}
+    for group, adapter in plan.adapters():
+        leaf = leaves[group.key]
+        for name, shape in group.shapes(adapter).items():
+            sharding = _sharding(leaf, group.axes(adapter)[name])
+            where = adapter.kind, adapter.key, name
             if isinstance(leaf, jax.ShapeDtypeStruct):
-                factors[group.key][name] = jax.ShapeDtypeStruct(shape, DTYPE, sharding=sharding)
-                continue
-            kind = _Kind(shape, *_init(plan, group, name), sharding)
-            made.setdefault(kind, []).append((group.key, name))
+                found[where] = jax.ShapeDtypeStruct(shape, DTYPE, sharding=sharding)
+            elif name in ("lora_a", "lora_b"):
+                kind = _Kind(shape, *_init(plan, group, adapter, name), sharding)
+                made.setdefault(kind, []).append((adapter.key, name))
+            else:
+                found[where] = _from_leaf(group, adapter, leaf, sharding)
     rng = _uncommitted(rng) if made else rng
     for kind, places in made.items():
         numbers = np.array([key_number(f"{key}/{name}") for key, name in places], np.uint32)
         for (key, name), array in zip(places, _arrays(kind, rng, numbers), strict=True):
-            factors[key][name] = array
-    for group in plan.adapted:
-        if group.key in boxes:
-            pair = factors[group.key]
-            for name, axes in group.factor_axes.items():
-                pair[name] = _boxed(boxes[group.key], axes, pair[name])
-    return {key: {n: pair[n] for n in ("lora_a", "lora_b")} for key, pair in factors.items()}
+            found[LORA, key, name] = array
+    adapters: dict[str, dict[str, Any]] = {LORA: {}}
+    for group, adapter in plan.adapters():
+        arrays = {}
+        for name, axes in group.axes(adapter).items():
+            array = found[adapter.kind, adapter.key, name]
+            box = boxes.get(group.key)
+            arrays[name] = array if box is None else _boxed(box, axes, array)
+        adapters.setdefault(adapter.kind, {})[adapter.key] = arrays.get("", arrays)
+    return adapters
 
 
-def _init(plan: Plan, group: GroupPlan, name: str) -> tuple[str, float]:
+def _from_leaf(group: GroupPlan, adapter: AdapterPlan, leaf: Any, sharding: Any) -> Any:
+    """Returns the first values of what stands in for a leaf, or for a part of it."""
+
+    def make(array: Any) -> Any:
+        array = jnp.asarray(array).astype(DTYPE)
+        if adapter.kind == LORA:
+            order = [i for i in range(array.ndim) if i not in group.rows]
+            norms = jnp.sqrt(jnp.sum(jnp.square(array), axis=group.rows))
+            return jnp.transpose(norms, [order.index(a) for a in (*group.batch, *group.cols)])
+        if adapter.kind == TRAINABLE_TOKENS:
+            axis = group.token_axis
+            return jnp.moveaxis(take(array, jnp.asarray(adapter.tokens), axis), axis, 0)
+        return jnp.copy(array)  # trained, and donated: never the frozen leaf itself
+
+    return make(leaf) if is_tracer(leaf) else jax.jit(make, out_shardings=sharding)(leaf)
+
+
+def _init(plan: Plan, group: GroupPlan, adapter: AdapterPlan, name: str) -> tuple[str, float]:
     how = plan.config.init_lora_weights
+    if adapter.residual:
+        return "zeros", 0.0
     # torch.nn.Linear's default, kaiming_uniform(a=sqrt(5)), is uniform up to 1 / sqrt(inputs).
-    inputs = math.prod(group.shape[a] for a in group.rows) if name == "lora_a" else group.rank
+    inputs = math.prod(group.shape[a] for a in group.rows) if name == "lora_a" else adapter.rank
     uniform = ("uniform", 1 / math.sqrt(inputs))
     if how is False:
         return ("normal", 1.0) if group.is_table else uniform
     if name == ("lora_a" if group.is_table else "lora_b"):
         return "zeros", 0.0
-    if group.is_table:
+    if group.is_table and not group.is_head(adapter):
         return "normal", 1.0
-    return ("normal", 1 / group.rank) if how == "gaussian" else uniform
+    if group.is_table:  # PEFT's Linear: uniform over the width
+        uniform = "uniform", 1 / math.sqrt(math.prod(group.shape[a] for a in group.cols))
+    return ("normal", 1 / adapter.rank) if how == "gaussian" else uniform
 
 
 def _arrays(kind: _Kind, rng: jax.Array, numbers: np.ndarray) -> Sequence[Any]:

@@ -4,43 +4,103 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax_tied_lora._config import LoraConfig
 from flax_tied_lora._evaluate import LeafInfo
 from flax_tied_lora._factor import RANK
+from flax_tied_lora._sites import PROJECTION, SiteFilter
+from flax_tied_lora._tie_sources import is_table
 from flax_tied_lora._ties import Member, TieGroup
 
 FORMAT = 1
 
+# The collections that adapters are kept in, by their kind.
+LORA = "lora"
+MODULES_TO_SAVE = "modules_to_save"
+TRAINABLE_TOKENS = "trainable_tokens"
+BIAS = "bias"
+COLLECTIONS = (LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS, BIAS)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterPlan:
+    """One adapter of a tie group: of all that the group is, or of some of its call sites.
+
+    Attributes:
+      kind: the collection that it is kept in: ``"lora"`` (factors), ``"modules_to_save"`` (a
+        trainable copy), ``"trainable_tokens"`` (rows that replace rows) or ``"bias"`` (a trainable
+        bias).
+      key: its key there: the group's, and for a separate adapter ``"<group key>:<name>"``.
+      name: what the user called the part of the group that it is for; "" for the whole group.
+      members: leaves of the group that it is for; () for all.
+      sites: call sites that it is for; None for all.
+      rank: of the factors.
+      dora: whether the factors come with a magnitude (DoRA).
+      residual: whether the factors' first values were taken out of the frozen weight (PiSSA).
+      tokens: the rows that are replaced.
+      module: by whose name rank and alpha were looked up in the config's patterns.
+      targets: the targets that named it, as the user wrote them.
+    """
+
+    kind: str
+    key: str
+    name: str = ""
+    members: tuple[str, ...] = ()
+    sites: SiteFilter | None = None
+    rank: int = 0
+    dora: bool = False
+    residual: bool = False
+    tokens: tuple[int, ...] = ()
+    module: str = ""
+    targets: tuple[str, ...] = ()
+
+    @property
+    def separate(self) -> bool:
+        """Whether it is for a part of its group only."""
+        return bool(self.members) or self.sites is not None
+
+    def covers(self, path: str) -> bool:
+        """Whether it is for reads of a member of its group."""
+        return not self.members or path in self.members
+
+    def __str__(self) -> str:
+        if self.kind == LORA:
+            what = f"{'DoRA' if self.dora else 'LoRA'}, rank {self.rank}"
+        elif self.kind == TRAINABLE_TOKENS:
+            what = f"{len(self.tokens)} rows"
+        else:
+            what = {MODULES_TO_SAVE: "full copy", BIAS: "bias"}[self.kind]
+        return f"{what} ({self.name} only)" if self.name else what
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupPlan:
-    """One stored array: the leaves that it is, and the factors that it has.
+    """One stored array: the leaves that it is, and the adapters that it has.
 
     Attributes:
       members: its leaves; the first one is canonical, and gives the group's key and layout.
       found: how the tie is known; () for a leaf of its own.
       shape, dtype: of the canonical leaf.
-      rank: of the factors; 0 where the group is tied and not adapted.
-      rows, cols, batch: axes of the canonical leaf. ``lora_a`` is [batch..., rows..., rank],
-        ``lora_b`` is [batch..., rank, cols...].
+      rows, cols, batch: axes of the canonical leaf, where they are needed. ``lora_a`` is
+        [batch..., rows..., rank], ``lora_b`` is [batch..., rank, cols...], ``lora_magnitude`` is
+        [batch..., cols...].
       is_table: whether rows are picked from it by index.
-      targets: the targets that named it, as the user wrote them.
+      adapters: its adapters; () where the group is tied and not adapted.
     """
 
     members: tuple[Member, ...]
     found: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
-    rank: int = 0
     rows: tuple[int, ...] = ()
     cols: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
     is_table: bool = False
-    targets: tuple[str, ...] = ()
+    adapters: tuple[AdapterPlan, ...] = ()
 
     @property
     def key(self) -> str:
@@ -48,19 +108,49 @@ class GroupPlan:
         return self.members[0].path
 
     @property
-    def factor_axes(self) -> dict[str, tuple[Any, ...]]:
-        """For each factor, the leaf axis that each of its axes is, or `RANK`."""
-        return {
+    def token_axis(self) -> int:
+        """The axis along which tokens are: rows of a table, columns of an output projection."""
+        return self.rows[0] if self.is_table else self.cols[0]
+
+    @property
+    def separate(self) -> tuple[AdapterPlan, ...]:
+        """The adapters that are for a part of the group only."""
+        return tuple(a for a in self.adapters if a.separate)
+
+    def is_head(self, adapter: AdapterPlan) -> bool:
+        """Whether an adapter is for a table's projections only."""
+        if adapter.sites is not None:
+            return adapter.sites.role == PROJECTION
+        return bool(adapter.members) and not any(is_table(p) for p in adapter.members)
+
+    def axes(self, adapter: AdapterPlan) -> dict[str, tuple[Any, ...]]:
+        """For each array of an adapter, the leaf axis that each of its axes is, or `RANK`.
+
+        Factors have names; the only array of another kind is called "". The rows of
+        ``trainable_tokens`` are its first axis, labelled `RANK`.
+        """
+        if adapter.kind == TRAINABLE_TOKENS:
+            others = (i for i in range(len(self.shape)) if i != self.token_axis)
+            return {"": (RANK, *others)}
+        if adapter.kind != LORA:
+            return {"": tuple(range(len(self.shape)))}
+        axes = {
             "lora_a": (*self.batch, *self.rows, RANK),
             "lora_b": (*self.batch, RANK, *self.cols),
         }
+        return axes | {"lora_magnitude": (*self.batch, *self.cols)} if adapter.dora else axes
 
-    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """For each factor, its shape."""
+    def shapes(self, adapter: AdapterPlan) -> dict[str, tuple[int, ...]]:
+        """For each array of an adapter, its shape."""
+        size = len(adapter.tokens) if adapter.kind == TRAINABLE_TOKENS else adapter.rank
         return {
-            name: tuple(self.rank if a == RANK else self.shape[a] for a in axes)
-            for name, axes in self.factor_axes.items()
+            name: tuple(size if a == RANK else self.shape[a] for a in axes)
+            for name, axes in self.axes(adapter).items()
         }
+
+    def size(self, adapter: AdapterPlan) -> int:
+        """Number of trainable parameters of an adapter."""
+        return sum(math.prod(shape) for shape in self.shapes(adapter).values())
 
     def info(self, member: Member) -> LeafInfo:
         """What the evaluator has to know of a member, in the member's own layout."""
@@ -71,7 +161,7 @@ class GroupPlan:
         return LeafInfo(own(self.rows), own(self.cols), own(self.batch), self.is_table)
 
     def tie(self) -> TieGroup:
-        """The group without its factors."""
+        """The group without its adapters."""
         return TieGroup(self.members, self.found)
 
 
@@ -119,8 +209,15 @@ class Plan:
 
     @property
     def adapted(self) -> tuple[GroupPlan, ...]:
-        """The groups that have factors."""
-        return tuple(g for g in self.groups if g.rank)
+        """The groups that have adapters."""
+        return tuple(g for g in self.groups if g.adapters)
+
+    def adapters(self, kind: str | None = None) -> Iterator[tuple[GroupPlan, AdapterPlan]]:
+        """Yields every adapter, or those of a kind, with its group."""
+        for group in self.groups:
+            for adapter in group.adapters:
+                if kind in (None, adapter.kind):
+                    yield group, adapter
 
     def to_json(self) -> str:
         """Returns the plan as JSON text; `from_json` reads it back."""
@@ -149,8 +246,21 @@ _PLANS: dict[int, weakref.WeakSet[Plan]] = {}
 
 
 def _group(entry: Mapping[str, Any]) -> GroupPlan:
-    tuples = {
-        name: tuple(entry[name]) for name in ("found", "shape", "rows", "cols", "batch", "targets")
-    }
+    tuples = {name: tuple(entry[name]) for name in ("found", "shape", "rows", "cols", "batch")}
     members = tuple(Member(**m) for m in entry["members"])
-    return GroupPlan(**{**entry, **tuples, "members": members})
+    adapters = tuple(_adapter(a) for a in entry["adapters"])
+    return GroupPlan(**{**entry, **tuples, "members": members, "adapters": adapters})
+
+
+def _adapter(entry: Mapping[str, Any]) -> AdapterPlan:
+    if entry["kind"] not in COLLECTIONS:
+        raise ValueError(f"unknown kind of adapter {entry['kind']!r}")
+    tuples = {name: tuple(entry[name]) for name in ("members", "tokens", "targets")}
+    return AdapterPlan(**{**entry, **tuples, "sites": _sites(entry["sites"])})
+
+
+def _sites(entry: Any) -> SiteFilter | None:
+    if entry is None:
+        return None
+    others = tuple(_sites(other) for other in entry["others"])
+    return SiteFilter(entry["role"], entry["scope"], others)  # type: ignore[arg-type]

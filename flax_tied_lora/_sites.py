@@ -50,13 +50,37 @@ class CallSite:
 
 
 @dataclasses.dataclass(frozen=True)
+class SiteFilter:
+    """Some of the call sites of a weight: by role, by module scope, or both; or all but some.
+
+    Attributes:
+      role: of the sites, or None for any.
+      scope: module path that the sites are in, or its last parts, without a method's name; None for
+        any.
+      others: filters whose sites are left out; of these, role and scope are None.
+    """
+
+    role: str | None = None
+    scope: str | None = None
+    others: tuple[SiteFilter, ...] = ()
+
+    def __call__(self, role: str, scope: str) -> bool:
+        if self.role not in (None, role):
+            return False
+        if self.scope is not None and f"/{self.scope}/" not in f"/{module_path(scope)}/":
+            return False
+        return not any(other(role, scope) for other in self.others)
+
+
+@dataclasses.dataclass(frozen=True)
 class Read:
     """A call site as it was met in an evaluation, and how it was served.
 
     Attributes:
       site: the call site.
-      served: ``"low rank"``, ``"dense"`` (the weight was added up), or ``"plain"`` (no delta).
-      groups: keys of the tie groups whose factors were applied.
+      served: ``"low rank"``, ``"rows"`` (some rows are replaced), ``"copy"`` (a trainable copy of
+        the whole), ``"dense"`` (the weight was added up), or ``"plain"`` (as it was).
+      groups: keys of the adapters that were applied.
       flops, bytes: what it cost beyond the unadapted operation.
     """
 
@@ -154,6 +178,11 @@ def with_batch(reads: Iterable[Read], ndims: Mapping[str, int]) -> tuple[Read, .
             read = dataclasses.replace(read, site=dataclasses.replace(site, batch=batch))
         result.append(read)
     return tuple(result)
+
+
+def module_path(scope: str) -> str:
+    """Returns a scope without methods: ``Model/embed.attend`` is in ``Model/embed``."""
+    return "/".join(part.partition(".")[0] for part in scope.split("/"))
 
 
 # Marks that transformations leave on a name stack around or between the modules' names.

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._arithmetic.ranks import same_base, same_groups, with_ranks
 from flax_tied_lora._merge import check_adapted
+from flax_tied_lora._plan import LORA
 
 
 def adapter_axes(adapted: Adapted, axis: int | None = 0) -> Adapted:
@@ -27,29 +29,31 @@ def adapter_axes(adapted: Adapted, axis: int | None = 0) -> Adapted:
 def stack(adapteds: list[Adapted]) -> Adapted:
     """Returns one `Adapted` with the adapters of several, stacked along a new first axis.
 
-    All must be of one plan up to the config's alpha: same groups, same ranks. The frozen params are
-    those of the first.
+    All must be of the same groups and the same base. Ranks and alphas may differ: factors are
+    filled up with zeros to the largest rank of their group. The frozen params are those of the
+    first.
 
     Raises:
-      ValueError: none given, or the groups differ.
+      ValueError: none given, or the groups or the bases differ.
+      TypeError: not an `Adapted`.
     """
     if not adapteds:
         raise ValueError("stack: expected at least one Adapted")
     for each in adapteds:
         check_adapted("stack", each)
-    first = adapteds[0]
     for other in adapteds[1:]:
-        if other.plan.groups != first.plan.groups:
-            raise ValueError(
-                "stack: the adapters are of different groups or ranks; wrap them with the same "
-                "targets and rank"
-            )
+        same_groups("stack", adapteds[0], other)
+        same_base("stack", adapteds[0], other)
+    ranks: dict[str, int] = {}
+    for _, adapter in (pair for each in adapteds for pair in each.plan.adapters(LORA)):
+        ranks[adapter.key] = max(adapter.rank, ranks.get(adapter.key, 0))
+    adapteds = [with_ranks("stack", each, ranks) for each in adapteds]
 
     def stacked(*trees: Any) -> Any:
         return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
 
     return dataclasses.replace(
-        first,
+        adapteds[0],
         adapters=stacked(*(a.adapters for a in adapteds)),
         scaling=stacked(*(a.scaling for a in adapteds)),
     )

@@ -1,42 +1,28 @@
-"""Targets: which tie groups a config names, and which of their axes are rows and columns."""
+"""Targets: which tie groups a config names, by leaf, by call site, or by role."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
+from flax_tied_lora._all_linear import ALL_LINEAR, all_linear
 from flax_tied_lora._axes import SITES_LINE
 from flax_tied_lora._config import LoraConfig
-from flax_tied_lora._config_checks import pattern_value
+from flax_tied_lora._config_checks import as_tuple, pattern_value
+from flax_tied_lora._hits import Hit, Hits, adaptable, excluded
 from flax_tied_lora._paths import describe, layer_index, leaf_name, matches, module_of, nearby
-from flax_tied_lora._sites import LOOKUP, OTHER, PROJECTION, CallSites
+from flax_tied_lora._sites import LOOKUP, OTHER, PROJECTION, CallSites, Role, module_path
 from flax_tied_lora._tie_sources import TieGroup
 
-ALL_LINEAR = "all-linear"
 # What Flax calls leaves that are added or multiplied in, entry by entry.
 _VECTORS = ("bias", "scale")
-_ROLES = {"embed_tokens": LOOKUP, "lm_head": PROJECTION}
+# Names by which PEFT's users mean a role in a tied group, whatever its modules are called.
+ROLES: dict[str, Role] = {"embed_tokens": LOOKUP, "lm_head": PROJECTION}
 
 
 class UnmatchedTargetWarning(UserWarning):
     """An entry of target_modules named nothing while others did, or a pattern is for no target."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Hit:
-    """A target that names a group, and the module by whose name it does."""
-
-    target: str
-    module: str
-
-
-def adaptable(leaf: Any) -> bool:
-    """Returns whether a leaf can have factors: floating point, two axes or more."""
-    return len(getattr(leaf, "shape", ())) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def resolve(
@@ -44,45 +30,50 @@ def resolve(
     leaves: Mapping[str, Any],
     groups: Sequence[TieGroup],
     sites: CallSites | None,
-) -> dict[str, tuple[Hit, ...]]:
-    """Returns, for the key of each group that is targeted, the targets that name it.
+) -> Hits:
+    """Returns, for the key of each group that LoRA is for, the targets that name it.
 
     A target names a leaf or a module by its path; or a call site by its module scope, and so the
     leaf that is read there; or a role in a tied group (``embed_tokens``: lookup, ``lm_head``:
-    projection). The first of these that names anything counts.
+    projection). The first of these that names anything counts. ``target_parameters`` name leaves.
 
     Raises:
       ValueError: no target names anything, or one names only leaves that cannot be adapted.
     """
+    by_leaf = {path: group for group in groups for path in group.paths}
+    found = _parameters(config, leaves, by_leaf)
     targets = config.target_modules
-    if targets is None:
+    if targets is None or targets == ():
+        if found or config.modules_to_save or config.trainable_token_indices:
+            return found
         raise ValueError(
             "wrap: target_modules is None: say what to adapt, for example target_modules="
             f"{_examples(leaves)}"
         )
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return _all_linear(config, leaves, groups, sites)
-    by_leaf = {path: group for group in groups for path in group.paths}
+        return found | all_linear(config, leaves, groups, sites)
     hits: dict[str, list[Hit]] = {}
     unmatched = []
     for target in (targets,) if isinstance(targets, str) else targets:
         pattern = target if isinstance(targets, str) else (target,)
-        found, refused = _by_path(pattern, config, leaves, by_leaf, sites)
+        named, refused = _by_path(target, pattern, config, leaves, by_leaf, sites)
         # A tied head may have a leaf of its own that is no matrix: its bias.
-        found = (
-            found or _by_scope(pattern, config, by_leaf, sites) or _by_role(target, groups, sites)
+        named = (
+            named
+            or _by_scope(target, pattern, config, by_leaf, sites)
+            or _by_role(target, groups, sites)
         )
-        if refused and not found:
+        if refused and not named:
             raise ValueError(
                 f"wrap: {target!r} in target_modules names {', '.join(refused[:3])}; expected a "
                 "floating-point matrix (two axes or more). Take it out of target_modules"
             )
-        if not found:
+        if not named:
             unmatched.append(target)
-        for key, module in found:
-            hits.setdefault(key, []).append(Hit(target, module))
+        for key, hit in named:
+            hits.setdefault(key, []).append(hit)
     if not hits:
-        raise ValueError(_nothing(config, unmatched, leaves, sites))
+        raise ValueError(_nothing("target_modules", targets, unmatched, leaves, sites))
     for target in unmatched:
         warnings.warn(
             f"wrap: {target!r} in target_modules names no leaf, module or call site; nearby: "
@@ -90,10 +81,67 @@ def resolve(
             UnmatchedTargetWarning,
             stacklevel=4,
         )
+    return found | {key: tuple(dict.fromkeys(named)) for key, named in hits.items()}
+
+
+def named_parts(
+    field: str, name: str, leaves: Mapping[str, Any], groups: Sequence[TieGroup],
+    sites: CallSites | None,
+) -> Hits:  # fmt: skip
+    """Returns the groups of which a module's name means a part, by leaf, scope or role.
+
+    All leaves of the module and of those inside it, and what is read in its scope though its leaf
+    is elsewhere: the kernel of a tied head.
+
+    Raises:
+      ValueError: the name means nothing.
+    """
+    by_leaf = {path: group for group in groups for path in group.paths}
+    hits: dict[str, list[Hit]] = {}
+    for path in leaves:
+        module = _named_ancestor(name, path)
+        if module:
+            hits.setdefault(by_leaf[path].key, []).append(Hit(name, module, leaf=path))
+    for site in sites or ():
+        scope = _named_ancestor(name, module_path(site.scope))
+        if scope and site.leaf in by_leaf and site.role != OTHER:
+            key = by_leaf[site.leaf].key
+            if key not in hits or all(h.scope for h in hits[key]):
+                hits.setdefault(key, []).append(Hit(name, scope, scope=scope))
+    for key, hit in _by_role(name, groups, sites) if not hits else ():
+        hits.setdefault(key, []).append(hit)
+    if not hits:
+        raise ValueError(_nothing(field, name, [name], leaves, sites))
     return {key: tuple(dict.fromkeys(found)) for key, found in hits.items()}
 
 
-def warn_of_unused_patterns(config: LoraConfig, hits: Mapping[str, Sequence[Hit]]) -> None:
+def _named_ancestor(name: str, path: str) -> str:
+    """Returns the path, or the module around it, that a name means; "" if none is."""
+    while path and matches((name,), path) is None:
+        path = module_of(path)
+    return path
+
+
+def _parameters(
+    config: LoraConfig, leaves: Mapping[str, Any], by_leaf: Mapping[str, TieGroup]
+) -> Hits:
+    hits: dict[str, list[Hit]] = {}
+    for target in as_tuple(config.target_parameters):
+        named = [p for p in leaves if matches((target,), p) is not None]
+        if not named:
+            raise ValueError(_nothing("target_parameters", target, [target], leaves, None))
+        for path in named:
+            if not adaptable(leaves[path]):
+                raise ValueError(
+                    f"wrap: {target!r} in target_parameters names {path!r} "
+                    f"{describe(leaves[path])}; expected a floating-point matrix (two axes or "
+                    "more). Take it out"
+                )
+            hits.setdefault(by_leaf[path].key, []).append(Hit(target, path, leaf=path))
+    return {key: tuple(found) for key, found in hits.items()}
+
+
+def warn_of_unused_patterns(config: LoraConfig, hits: Hits) -> None:
     """Warns of each key of rank_pattern and alpha_pattern that is for no module targeted."""
     modules = [hit.module for found in hits.values() for hit in found]
     for field in ("rank_pattern", "alpha_pattern"):
@@ -117,12 +165,6 @@ def _examples(leaves: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(m.rpartition("/")[2] for m in _modules(leaves)))[:4]
 
 
-def _excluded(config: LoraConfig, *names: str) -> bool:
-    return config.exclude_modules is not None and any(
-        matches(config.exclude_modules, name) is not None for name in names
-    )
-
-
 def _in_layer(config: LoraConfig, module: str) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or isinstance(config.target_modules, str):
@@ -133,9 +175,9 @@ def _in_layer(config: LoraConfig, module: str) -> bool:
 
 
 def _by_path(
-    pattern: Any, config: LoraConfig, leaves: Mapping[str, Any], by_leaf: Mapping[str, TieGroup],
-    sites: CallSites | None,
-) -> tuple[list[tuple[str, str]], list[str]]:  # fmt: skip
+    target: str, pattern: Any, config: LoraConfig, leaves: Mapping[str, Any],
+    by_leaf: Mapping[str, TieGroup], sites: CallSites | None,
+) -> tuple[list[tuple[str, Hit]], list[str]]:  # fmt: skip
     """Returns the groups that are named, and what is named in their place but is no matrix."""
     found, refused, left_out = [], [], False
     for path, leaf in leaves.items():
@@ -143,10 +185,10 @@ def _by_path(
         whole = matches(pattern, path) is not None
         if not whole and (not module or matches(pattern, module) is None):
             continue
-        if _excluded(config, path, module) or not _in_layer(config, module):
+        if excluded(config, path, module) or not _in_layer(config, module):
             left_out |= adaptable(leaf)
         elif adaptable(leaf) and (whole or not _is_vector(path, by_leaf[path], sites)):
-            found.append((by_leaf[path].key, module or path))
+            found.append((by_leaf[path].key, Hit(target, module or path, leaf=path)))
         else:
             refused.append(f"{path!r} {describe(leaf)}")
     return found, [] if found or left_out else refused
@@ -164,94 +206,43 @@ def _is_vector(path: str, group: TieGroup, sites: CallSites | None) -> bool:
 
 
 def _by_scope(
-    pattern: Any, config: LoraConfig, by_leaf: Mapping[str, TieGroup], sites: CallSites | None
-) -> list[tuple[str, str]]:
+    target: str, pattern: Any, config: LoraConfig, by_leaf: Mapping[str, TieGroup],
+    sites: CallSites | None,
+) -> list[tuple[str, Hit]]:  # fmt: skip
     found = []
     for site in sites or ():
         # "Model/embed_tokens.attend" is the module embed_tokens, in its method attend.
-        scope = "/".join(part.partition(".")[0] for part in site.scope.split("/"))
+        scope = module_path(site.scope)
         names = [n for n in (site.scope, scope) if n]
-        if site.leaf not in by_leaf or site.role == OTHER or _excluded(config, *names, site.leaf):
+        if site.leaf not in by_leaf or site.role == OTHER or excluded(config, *names, site.leaf):
             continue
         if any(matches(pattern, n) is not None for n in names) and _in_layer(config, scope):
-            found.append((by_leaf[site.leaf].key, scope))
+            found.append((by_leaf[site.leaf].key, Hit(target, scope, scope=scope)))
     return found
 
 
 def _by_role(
     target: str, groups: Sequence[TieGroup], sites: CallSites | None
-) -> list[tuple[str, str]]:
-    role = _ROLES.get(target)
+) -> list[tuple[str, Hit]]:
+    role = ROLES.get(target)
     if role is None:
         return []
     found = []
     for group in groups:
         roles = {s.role for s in (sites or CallSites()).of(*group.paths)}
         if {LOOKUP, PROJECTION} <= roles:
-            found.append((group.key, target))
+            found.append((group.key, Hit(target, target, role=role)))
     return found
 
 
-def _all_linear(
-    config: LoraConfig,
-    leaves: Mapping[str, Any],
-    groups: Sequence[TieGroup],
-    sites: CallSites | None,
-) -> dict[str, tuple[Hit, ...]]:
-    """Every leaf that is multiplied with data, but for the output projection, as PEFT has it."""
-    if sites is None:
-        raise ValueError(
-            f'wrap: target_modules="{ALL_LINEAR}" needs to know which leaves are multiplied with '
-            f"data, a fact of the traced model: {SITES_LINE}; wrap(params, config, sites=sites)"
-        )
-    by_leaf = {path: group for group in groups for path in group.paths}
-    kinds: dict[str, set[str]] = {}
-    for site in sites:
-        if site.leaf in by_leaf:
-            kinds.setdefault(by_leaf[site.leaf].key, set()).add(site.role)
-    output = _output_projection(leaves, by_leaf, sites)
-    hits = {}
-    for site in sites:
-        if site.leaf not in by_leaf or site.operation == "conv_general_dilated":
-            continue
-        key = by_leaf[site.leaf].key
-        if kinds[key] & {PROJECTION} and LOOKUP not in kinds[key] and key != output:
-            if not adaptable(leaves[site.leaf]) or _excluded(
-                config, site.leaf, module_of(site.leaf)
-            ):
-                continue
-            hits[key] = (Hit(str(config.target_modules), module_of(site.leaf) or site.leaf),)
-    if not hits:
-        raise ValueError(
-            f'wrap: target_modules="{ALL_LINEAR}" found no leaf that is multiplied with data in '
-            f"the {len(sites)} call sites given; are they of this model?"
-        )
-    return hits
-
-
-def _output_projection(
-    leaves: Mapping[str, Any], by_leaf: Mapping[str, TieGroup], sites: CallSites
-) -> str | None:
-    """Returns the group of the last projection, if it makes one column for each row of a table."""
-    tables = {
-        leaves[s.leaf].shape[s.rows[0]]
-        for s in sites
-        if s.role == LOOKUP and s.leaf in by_leaf and len(s.rows) == 1
-    }
-    for site in reversed(sites.sites):
-        if site.role == PROJECTION and site.leaf in by_leaf and adaptable(leaves[site.leaf]):
-            columns = [leaves[site.leaf].shape[a] for a in site.cols]
-            return by_leaf[site.leaf].key if len(columns) == 1 and columns[0] in tables else None
-    return None
-
-
 def _nothing(
-    config: LoraConfig, unmatched: Sequence[str], leaves: Mapping[str, Any], sites: CallSites | None
-) -> str:
+    field: str, value: Any, unmatched: Sequence[str], leaves: Mapping[str, Any],
+    sites: CallSites | None,
+) -> str:  # fmt: skip
     names = _modules(leaves)
     near = [n for target in unmatched for n in nearby(target, names)]
     text = (
-        f"wrap: target_modules={config.target_modules!r} names no leaf, module or call site; "
+        f"wrap: {field}={value!r} names no leaf, module or call site; "
         f"nearby: {', '.join(map(repr, dict.fromkeys(near)))}"
     )
     if sites is None:

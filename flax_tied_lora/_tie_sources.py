@@ -27,7 +27,7 @@ EQUAL_VALUES = "equal values"
 DATA_FLOW = "data flow"
 
 # Modules that model families call their input embedding and their output projection by.
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed")
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed")
 _HEADS = ("lm_head", "output", "embed_out")
 _SAMPLE = 64
 
@@ -177,7 +177,7 @@ def from_config(leaves: Mapping[str, Any], config: Any, links: Any) -> None:
         raise ValueError(
             "find_ties: the config says tie_word_embeddings, and no leaf looks like the input "
             f"embedding (a leaf called 'embedding' of vocab_size={get('vocab_size')} rows in one "
-            f"of {', '.join(_EMBEDDINGS)}); say which with ties=[(embedding, head), ...]"
+            f"of {', '.join(EMBEDDINGS)}); say which with ties=[(embedding, head), ...]"
         )
 
 
@@ -189,7 +189,7 @@ def _vocabulary_leaves(leaves: Mapping[str, Any], size: Any) -> tuple[list[str],
     }  # fmt: skip
     tables = [
         p for p, shape in matrices.items()
-        if is_table(p) and (shape[0] == size or leaf_name(module_of(p)) in _EMBEDDINGS)
+        if is_table(p) and (shape[0] == size or leaf_name(module_of(p)) in EMBEDDINGS)
         and (size is None or shape[0] >= size)
     ]  # fmt: skip
     shapes = {matrices[p] for p in tables}
@@ -199,7 +199,7 @@ def _vocabulary_leaves(leaves: Mapping[str, Any], size: Any) -> tuple[list[str],
         # Within a layer such a shape is chance: a fused q, k, v kernel of a small model.
         and (leaf_name(module_of(p)) in _HEADS or (size in shape and layer_index(p, None) is None))
     ]  # fmt: skip
-    named = [p for p in tables if leaf_name(module_of(p)) in _EMBEDDINGS]
+    named = [p for p in tables if leaf_name(module_of(p)) in EMBEDDINGS]
     return named or tables, heads
 
 

@@ -1,9 +1,10 @@
 """The symbolic weight: a matrix kept as its parts while the model is traced, never added up.
 
-A `Weight` is an optional scale times a sum of terms. A `Term` is one part: `Dense`, the frozen
-array; `LowRank`, a delta as its two factors. A later kind of adapter is one more subclass of
-`Term`: it says how it is rearranged and how it is added up, and registers what it can do better
-than being added up with the rules (`_rules/`).
+A `Weight` is an optional scale times a sum of terms. A `Term` is one part: `Dense`, a whole array,
+the frozen one or one that stands in for it; `LowRank`, a delta as its two factors; replaced rows
+(`_rows.py`). A later kind of adapter is one more subclass of `Term`: it says how it is rearranged
+and how it is added up, and registers what it can do better than being added up with the rules
+(`_rules/`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from flax_tied_lora._factor import (
     contract,
     pytree,
 )
+from flax_tied_lora._sites import SiteFilter
 
 
 class Term(abc.ABC):
@@ -34,9 +36,13 @@ class Term(abc.ABC):
     Attributes:
       whole: whether the term is an array of the weight's shape as it stands, so that adding it up
         costs nothing and is nothing to report.
+      group: key of the adapter that the term belongs to; "" for what is frozen.
+      sites: the call sites that the term is for; None for all.
     """
 
     whole: ClassVar[bool] = False
+    group: str = ""
+    sites: SiteFilter | None = None
 
     @abc.abstractmethod
     def rearrange(self, run: Callable[[Array], Array], move: Callable[[Factor], Factor]) -> Term:
@@ -58,9 +64,18 @@ class Term(abc.ABC):
     def times(self, scale: Factor) -> Term:
         """Returns the term with a scale over some of the weight's axes multiplied in."""
 
+    def repeated(self) -> Term:
+        """Returns the term after an operation that may have put rows in several places."""
+        return self
+
     def applies_to(self, role: str, scope: str) -> bool:
         """Returns whether the term is there for a call site."""
-        return True
+        return self.sites is None or self.sites(role, scope)
+
+    def renamed(self, names: Callable[[str], str]) -> Term:
+        """Returns the term under another name of its adapter, if it is one's."""
+        this: Any = self
+        return dataclasses.replace(this, group=names(self.group)) if self.group else self
 
     def fold(self, data: Any) -> Term:
         """Returns the term with its random key, if it has one, folded for a place or a step.
@@ -70,36 +85,32 @@ class Term(abc.ABC):
         return self
 
 
-@pytree()
+@pytree("group", "sites")
 class Dense(Term):
-    """A frozen array of the weight's shape. Operations on it are those of the unadapted model."""
+    """An array of the weight's shape. Operations on it are those of the unadapted model.
+
+    Attributes:
+      array: the array.
+      group: key of the adapter that it is a trainable copy of; "" for the frozen one.
+      sites: the call sites that it is for; None for all. Those of the frozen array and of its
+        copies never overlap.
+    """
 
     whole: ClassVar[bool] = True
 
     array: Array
+    group: str = ""
+    sites: SiteFilter | None = None
 
     def rearrange(self, run, move):
-        return Dense(run(self.array))
+        return dataclasses.replace(self, array=run(self.array))
 
     def dense(self, shape, dtype):
         return lax.convert_element_type(self.array, dtype)
 
     def times(self, scale):
         axes = tuple(range(self.array.ndim))
-        return Dense(Factor(self.array, axes).times(scale).array)
-
-
-@dataclasses.dataclass(frozen=True)
-class SiteFilter:
-    """The call sites that a term is for: by role, by module scope, or both."""
-
-    role: str | None = None
-    scope: str | None = None
-
-    def __call__(self, role: str, scope: str) -> bool:
-        if self.role not in (None, role):
-            return False
-        return self.scope is None or f"/{self.scope}/" in f"/{scope}/"
+        return dataclasses.replace(self, array=Factor(self.array, axes).times(scale).array)
 
 
 @pytree("group", "sites", "dropout")
@@ -113,7 +124,7 @@ class LowRank(Term):
       a, b: the factors.
       scaling: scalar.
       key: for dropout on what is multiplied with the weight; None for none.
-      group: key of the tie group that the factors belong to.
+      group: key of the adapter that the factors are.
       sites: the call sites that the term is for; None for all.
       dropout: rate, in [0, 1).
     """
@@ -151,9 +162,6 @@ class LowRank(Term):
             if set(scale.axes) <= set(factor.axes):
                 return dataclasses.replace(self, **{field: factor.times(scale)})
         raise MixedAxesError
-
-    def applies_to(self, role, scope):
-        return self.sites is None or self.sites(role, scope)
 
     def fold(self, data):
         if self.key is None:
@@ -215,9 +223,12 @@ class Weight:
         return any(isinstance(t, LowRank) and t.key is not None for t in self.terms)
 
     def parted(self) -> tuple[Array, tuple[Term, ...]]:
-        """Returns the dense terms added up, and the other terms. The scale must be folded."""
-        dense = [t.array for t in self.terms if isinstance(t, Dense)]
-        others = tuple(t for t in self.terms if not isinstance(t, Dense))
+        """Returns the dense terms added up, and the other terms. The scale must be folded.
+
+        What is for some call sites only stays among the others.
+        """
+        dense = [t.array for t in self.terms if isinstance(t, Dense) and t.sites is None]
+        others = tuple(t for t in self.terms if not isinstance(t, Dense) or t.sites is not None)
         return add(dense) if dense else jnp.zeros(self.shape, self.dtype), others
 
     def rearrange(

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._adapted import LORA, Adapted
-from flax_tied_lora._axes import axes_of
+from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._config import LoraConfig
-from flax_tied_lora._factors import DTYPE, boxes_of, make_factors, typed_key
+from flax_tied_lora._factors import DTYPE, boxes_of, make_adapters, typed_key
+from flax_tied_lora._grouping import Named, plan_of
 from flax_tied_lora._paths import TiedLeaf, describe, flatten, is_marker
-from flax_tied_lora._plan import GroupPlan, Plan
+from flax_tied_lora._plan import LORA, Plan
 from flax_tied_lora._sites import CallSites
-from flax_tied_lora._targets import Hit, adaptable, resolve, warn_of_unused_patterns
-from flax_tied_lora._ties import DATA_FLOW, Member, TieGroup, ties_among
+from flax_tied_lora._start import start_from_weights
+from flax_tied_lora._ties import Member, TieGroup, ties_among
+from flax_tied_lora._tying import says_untied
 
 
 def wrap(
@@ -59,31 +58,31 @@ def wrap(
       config = tied_lora.LoraConfig(r=8, lora_alpha=16, target_modules=["embed_tokens", "q_proj"])
       adapted = tied_lora.wrap(params, config)
     """
+    return wrap_as(config, params, None, sites=sites, ties=ties, rng=rng)
+
+
+def wrap_as(
+    config: LoraConfig, params: Any, named: Named | None, *, sites: CallSites | None,
+    ties: Any, rng: jax.Array | None = None,
+) -> Adapted:  # fmt: skip
+    """Returns what `wrap` does; what is adapted may be known, in place of what the config names."""
     leaves, treedef = _checked(params, config, sites)
     rng = jax.random.key(0) if rng is None else typed_key("wrap", rng)
     groups = _all_groups(leaves, ties_among(leaves, ties, sites=sites))
     for group in groups:
         _no_hidden_conflict(group, leaves)
-    hits = resolve(config, leaves, groups, sites)
-    warn_of_unused_patterns(config, hits)
-    plans = tuple(
-        _group_plan(group, leaves, config, hits.get(group.key, ()), sites)
-        for group in groups
-        if len(group.members) > 1 or group.key in hits
-    )
-    plan = Plan.of(plans, config)
-    factors = make_factors(plan, leaves, boxes_of(params), rng)
+    plan = plan_of(config, leaves, groups, sites, says_untied(ties), named)
+    scalings = {a.key: config.scaling_for(a.module) for _, a in plan.adapters(LORA)}
+    adapters = make_adapters(plan, leaves, boxes_of(params), rng)
     abstract = any(
         isinstance(x, jax.ShapeDtypeStruct) for g in plan.adapted for x in [leaves[g.key]]
     )
-    names = {group.key: _pattern_name(hits[group.key]) for group in plan.adapted}
     if abstract:
-        scaling = {key: jax.ShapeDtypeStruct((), DTYPE) for key in names}
+        scaling = {key: jax.ShapeDtypeStruct((), DTYPE) for key in scalings}
     else:  # All in one go: one by one, ten thousand take a second.
-        scaling = jax.device_put(
-            {key: np.asarray(config.scaling_for(name), DTYPE) for key, name in names.items()}
-        )
-    return Adapted(stored_once(leaves, treedef, plan), {LORA: factors}, scaling, None, plan)
+        scaling = jax.device_put({k: np.asarray(s, DTYPE) for k, s in scalings.items()})
+    adapters, leaves = start_from_weights(plan, adapters, leaves, scalings, rng)
+    return Adapted(stored_once(leaves, treedef, plan), adapters, scaling, None, plan)
 
 
 def _is_adapted(node: Any) -> bool:
@@ -128,40 +127,6 @@ def _no_hidden_conflict(group: TieGroup, leaves: Mapping[str, Any]) -> None:
                 f"{describe(first)}, which is of another dtype; cast one of them, or leave it out "
                 "of ties=..."
             )
-
-
-def _pattern_name(hits: Sequence[Hit]) -> str:
-    return hits[0].module
-
-
-def _group_plan(
-    group: TieGroup, leaves: Mapping[str, Any], config: LoraConfig, hits: Sequence[Hit], sites: Any
-) -> GroupPlan:
-    leaf = leaves[group.key]
-    common = (group.members, group.found, tuple(leaf.shape), str(jnp.dtype(leaf.dtype)))
-    if not hits:
-        return GroupPlan(*common)
-    assert adaptable(leaf)
-    axes = axes_of(group, leaf, sites)
-    for what in (config.rank_for, config.scaling_for) if len(hits) > 1 else ():
-        values = {hit.module: what(hit.module) for hit in hits}
-        if len(set(values.values())) > 1:
-            raise ValueError(
-                f"wrap: {group.key!r} is one tie group, and the patterns give it different values: "
-                f"{values}; give its names the same rank and alpha"
-            )
-    rank = config.rank_for(_pattern_name(hits))
-    limit = min(math.prod(leaf.shape[a] for a in side) for side in (axes.rows, axes.cols))
-    if rank > limit:
-        raise ValueError(
-            f"wrap: rank {rank} for {group.key!r} {describe(leaf)}, which has rank {limit} at "
-            "most; lower r, or give it a rank of its own in rank_pattern"
-        )
-    found = group.found if len(group.members) > 1 or DATA_FLOW in group.found else ()
-    return GroupPlan(
-        common[0], found, *common[2:], rank, axes.rows, axes.cols, axes.batch, axes.is_table,
-        tuple(dict.fromkeys(hit.target for hit in hits)),
-    )  # fmt: skip
 
 
 def stored_once(leaves: Mapping[str, Any], treedef: Any, plan: Plan) -> Any:

@@ -17,12 +17,12 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 
-from flax_tied_lora._adapted import LORA, Adapted
+from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._checkpoint.fingerprint import differences, fingerprint
 from flax_tied_lora._checkpoint.full_params import restore_params as restore_params
 from flax_tied_lora._checkpoint.full_params import save_params as save_params
 from flax_tied_lora._checkpoint.record import orbax_args, read_record, write
-from flax_tied_lora._checkpoint.refit import factor_templates, fit
+from flax_tied_lora._checkpoint.refit import adapter_templates, fit
 from flax_tied_lora._checkpoint.stored import CheckpointError as CheckpointError
 from flax_tied_lora._checkpoint.stored import (
     absolute,
@@ -31,7 +31,7 @@ from flax_tied_lora._checkpoint.stored import (
     refuse_tracers,
     template_of,
 )
-from flax_tied_lora._plan import Plan
+from flax_tied_lora._plan import LORA, Plan
 
 
 class Restored(NamedTuple):
@@ -103,11 +103,12 @@ def restore(
         plan = Plan.from_json(json.dumps(record["plan"]))
     plan, stored = fit(plan, params, check_base)
     if check_base:
-        _check_base(path, record["base"], fingerprint(stored, plan))
+        _check_base(path, record["base"], fingerprint(stored, plan), plan)
     template = template_of(path / "adapted", items["adapted"])
     saved = template.get("adapters", {})
-    factors = _as_saved(factor_templates(plan, stored, sharding), saved.get(LORA))
-    template = {**template, "adapters": {**saved, LORA: factors}}
+    own = adapter_templates(plan, stored, sharding)
+    own = {kind: _as_saved(tree, saved.get(kind)) for kind, tree in own.items()}
+    template = {**template, "adapters": {**saved, **own}}
     state = decode(path / "adapted", items["adapted"], template)
     adapted = Adapted(stored, state["adapters"], state["scaling"], state.get("rng"), plan)
     if isinstance(opt_state, optax.GradientTransformation):
@@ -276,15 +277,25 @@ def _orbax_args(adapted: Any, opt_state: Any, step: Any, extra: Any) -> ocp.args
     return orbax_args(facts, items)
 
 
-def _check_base(path: Any, saved: Any, given: Any) -> None:
+def _check_base(path: Any, saved: Any, given: Any, plan: Plan) -> None:
     lines = differences(saved, given)
-    if lines:
-        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise CheckpointError(
-            f"restore: these params are not the base of the adapters in {path}: "
-            f"{'; '.join(lines[:3])}{more}. Load the base that they were trained on, or pass "
-            "check_base=False to put them on this one all the same"
+    if not lines:
+        return
+    remedy = (
+        "Load the base that they were trained on, or pass check_base=False to put them on this one "
+        "all the same"
+    )
+    if any(adapter.residual for _, adapter in plan.adapters(LORA)):
+        remedy = (
+            f"init_lora_weights={plan.config.init_lora_weights!r} took the factors' first values "
+            "out of the base, and they belong on the residual: pass wrap(params, config).params, "
+            "with the same rng as before"
         )
+    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+    raise CheckpointError(
+        f"restore: these params are not the base of the adapters in {path}: "
+        f"{'; '.join(lines[:3])}{more}. {remedy}"
+    )
 
 
 def _as_saved(factors: Any, saved: Any) -> Any:

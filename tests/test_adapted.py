@@ -196,7 +196,7 @@ def test_prints_each_parameter_once():
     assert lines[0].split("  ")[0] == "group"
     assert lines[2].split() == [
         "embed_tokens/embedding", "lm_head/kernel,", "tail/kernel", "(transposed)", "same",
-        "array,", "declared", "12", "x", "8", "2", "40",
+        "array,", "declared", "12", "x", "8", "LoRA,", "rank", "2", "40",
     ]  # fmt: skip
     assert lines[-1] == "trainable: 40 of 136 parameters (29.41 %)"
 
@@ -204,7 +204,10 @@ def test_prints_each_parameter_once():
 def test_prints_thousands_and_untied_groups():
     params = {"up": {"kernel": jnp.ones((1000, 50))}, "norm": {"scale": jnp.ones(7)}}
     text = str(tied_lora.wrap(params, LoraConfig(r=4, target_modules=["up"])))
-    assert text.splitlines()[2].split() == ["up/kernel", "-", "-", "1000", "x", "50", "4", "4,200"]
+    assert text.splitlines()[0].split()[-2] == "adapter"
+    assert text.splitlines()[2].split() == [
+        "up/kernel", "-", "-", "1000", "x", "50", "LoRA,", "rank", "4", "4,200"
+    ]  # fmt: skip
     assert text.splitlines()[-1] == "trainable: 4,200 of 54,207 parameters (7.75 %)"
 
 

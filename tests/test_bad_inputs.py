@@ -261,7 +261,7 @@ ADAPTED: list[Case] = [
      [f"lora_a of '{EMBED}' is [2, 12, 2], expected [12, 2]", "merged one by one"]),
     ("stack of nothing", lambda i: tied_lora.stack([]), ValueError, ["at least one Adapted"]),
     ("stack of other groups", lambda i: tied_lora.stack([i.adapted, i.other]), ValueError,
-     ["different groups or ranks", "same targets and rank"]),
+     ["different groups", f"{EMBED!r}, {UP!r} differ", "same targets"]),
     ("stack of plain params", lambda i: tied_lora.stack([i.params]), TypeError,
      ["stack: expected an Adapted", "got dict"]),
     ("axes of plain params", lambda i: tied_lora.adapter_axes(i.params), TypeError,

@@ -134,7 +134,7 @@ def test_factors_keep_their_dtype_and_scaling_its_value(tmp_path):
 
 def test_further_collections_of_adapters(tmp_path):
     adapted = wrapped()
-    more = {**adapted.adapters, "trainable_tokens": {"embed/embedding": {"rows": jnp.ones((2, 3))}}}
+    more = {**adapted.adapters, "mine": {"embed/embedding": {"rows": jnp.ones((2, 3))}}}
     adapted = adapted.replace(adapters=more)
     checkpoint.save(tmp_path / "a", adapted)
     assert_same(checkpoint.restore(tmp_path / "a", base_params()).adapted, adapted)

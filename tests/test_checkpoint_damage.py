@@ -169,7 +169,7 @@ def test_damaged_plan(copy, change, message):
 
 
 def test_plan_of_other_factors(copy):
-    edit_record(copy, lambda record: record["plan"]["groups"][0].update(rank=3))
+    edit_record(copy, lambda record: record["plan"]["groups"][0]["adapters"][0].update(rank=3))
     message = r"adapted in .* does not fit: .*lora_a' is float32\[\d+, 2\] in .* float32\[\d+, 3\]"
     with pytest.raises(CheckpointError, match=message):
         restore(copy)

@@ -261,8 +261,8 @@ def test_another_base(saved, params, message):
             r"extra .*'rng' is key<fry>\[\] in the checkpoint and int64\[\] as",
         ),
         ({"extra": {"seed": 3}}, "extra .*'rng' is only in .*'seed' is not in the checkpoint"),
-        ({"sharding": "x"}, "factors cannot be placed: sharding='x'"),
-        ({"sharding": {"lora": {}}}, "factors cannot be placed"),
+        ({"sharding": "x"}, "adapters cannot be placed: sharding='x'"),
+        ({"sharding": {"lora": {}}}, "adapters cannot be placed"),
     ],
 )
 def test_templates_that_do_not_fit(saved, kwargs, message):

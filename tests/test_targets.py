@@ -133,7 +133,7 @@ def test_all_linear_with_exclusions():
 def test_head_without_a_leaf_is_known_by_its_scope():
     config = LoraConfig(r=2, target_modules=["lm_head"])
     plan = tied_lora.wrap(PARAMS, config, sites=SITES).plan
-    assert [(g.key, g.targets) for g in plan.adapted] == [(TABLE, ("lm_head",))]
+    assert [(a.key, a.targets) for _, a in plan.adapters()] == [(TABLE, ("lm_head",))]
     with pytest.raises(ValueError, match=r"sites = tied_lora.trace\(model.apply"):
         tied_lora.wrap(PARAMS, config)
 
@@ -159,7 +159,7 @@ def test_path_comes_before_scope_and_role():
 def test_several_targets_of_one_group():
     config = LoraConfig(r=2, target_modules=["lm_head", "embed_tokens"])
     [group] = tied_lora.wrap(PARAMS, config, sites=SITES).plan.adapted
-    assert group.targets == ("lm_head", "embed_tokens")
+    assert group.adapters[0].targets == ("lm_head", "embed_tokens")
 
 
 # Biases and scales are not what a module's name means
@@ -200,7 +200,7 @@ def test_kernel_that_is_used_transposed_has_its_summed_axis_as_rows():
         params, LoraConfig(r=2, target_modules=["w"]), sites=sites
     ).plan.adapted
     assert (group.rows, group.cols) == ((1,), (0,))
-    assert group.factor_shapes() == {"lora_a": (4, 2), "lora_b": (2, 6)}
+    assert group.shapes(group.adapters[0]) == {"lora_a": (4, 2), "lora_b": (2, 6)}
 
 
 def test_tied_table_has_the_rows_of_its_lookup():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_tied_lora._evaluate import Context, DensifyError, LeafInfo, evaluate
+from flax_tied_lora._densify import DensifyError
+from flax_tied_lora._evaluate import Context, LeafInfo, evaluate
 from flax_tied_lora._factor import RANK, Factor, pytree
 from flax_tied_lora._weight import Dense, LowRank, Origin, SiteFilter, Term, Weight
 
@@ -37,13 +38,6 @@ class Signs(Term):
     def times(self, scale):
         array = self.dense(None, jnp.float32)
         return Dense(array).times(scale)
-
-
-@pytree()
-class Replaced(Dense):
-    """A whole replacement: an array already, so nothing to report."""
-
-    whole: ClassVar[bool] = True
 
 
 def low_rank(sites: SiteFilter | None = None) -> LowRank:
@@ -87,10 +81,17 @@ def test_a_term_that_no_rule_knows_is_added_up(use):
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
 def test_a_term_that_is_an_array_costs_nothing(use):
-    found, context = run(use, weight(Replaced(EXTRA), low_rank()), on_dense="error")
+    found, context = run(use, weight(Dense(EXTRA, "copy"), low_rank()), on_dense="error")
     expected = use(EXTRA + low_rank().dense((V, D), jnp.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert {r.served for r in context.reads} == {"low rank"}
+    assert {(r.served, r.groups) for r in context.reads} == {("low rank", ("copy", "embed"))}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_a_copy_is_read_in_the_place_of_the_array(use):
+    found, context = run(use, weight(Dense(EXTRA, "copy")), on_dense="error")
+    np.testing.assert_array_equal(found, use(EXTRA))
+    assert {(r.served, r.groups) for r in context.reads} == {("copy", ("copy",))}
 
 
 @pytest.mark.parametrize("role", ["lookup", "projection"])

@@ -125,7 +125,7 @@ def test_patterns():
         rank_pattern={"layers_0.q": 2, "v": 8}, alpha_pattern={"layers_1/v": 24},
     )  # fmt: skip
     adapted = tied_lora.wrap(params, config)
-    ranks = {g.key: g.rank for g in adapted.plan.adapted}
+    ranks = {a.key: a.rank for _, a in adapted.plan.adapters()}
     assert ranks == {
         "layers_0/q/kernel": 2, "layers_0/v/kernel": 8, "layers_1/q/kernel": 4,
         "layers_1/v/kernel": 8,
@@ -168,8 +168,8 @@ def test_a_lost_tie_is_repaired(head):
     chex.assert_trees_all_equal(merged["lm_head"]["kernel"], merged["embed_tokens"]["embedding"].T)
     got = tied_lora.adapt(model.apply, on_dense="error")({"params": adapted}, TOKENS)
     chex.assert_trees_all_close(got, model.apply({"params": merged}, TOKENS), rtol=1e-5)
-    shapes = adapted.plan.adapted[0].factor_shapes()
-    assert shapes == {"lora_a": (12, 2), "lora_b": (2, 8)}
+    [(group, adapter)] = adapted.plan.adapters()
+    assert group.shapes(adapter) == {"lora_a": (12, 2), "lora_b": (2, 8)}
 
 
 def test_a_tie_that_is_not_adapted_is_stored_once_too():
@@ -177,7 +177,7 @@ def test_a_tie_that_is_not_adapted_is_stored_once_too():
     params = {"a": {"kernel": w}, "b": {"kernel": w}, "up": {"kernel": w + 1}}
     adapted = tied_lora.wrap(params, LoraConfig(r=2, target_modules=["up"]))
     assert adapted.params["b"]["kernel"] == TiedLeaf("a/kernel")
-    assert [g.rank for g in adapted.plan.groups] == [0, 2]
+    assert [[a.rank for a in g.adapters] for g in adapted.plan.groups] == [[], [2]]
     base = tied_lora.base(adapted)
     assert base["a"]["kernel"] is base["b"]["kernel"] is w
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._checkpoint.stored import CheckpointError, explained, without_boxes
-from flax_tied_lora._factors import boxes_of, make_factors
+from flax_tied_lora._factors import boxes_of, make_adapters
 from flax_tied_lora._paths import TiedLeaf, describe, flatten, is_marker, nearby
-from flax_tied_lora._plan import GroupPlan, Plan
+from flax_tied_lora._plan import LORA, GroupPlan, Plan
 from flax_tied_lora._wrap import stored_once
 
 
@@ -60,10 +60,10 @@ def _fitted(group: GroupPlan, leaves: Mapping[str, Any], check_base: bool) -> Gr
     return dataclasses.replace(group, dtype=dtype)
 
 
-def factor_templates(plan: Plan, params: Any, sharding: Any) -> dict[str, Any]:
-    """Returns abstract factors, boxed and placed like their leaf, or as ``sharding`` says."""
+def adapter_templates(plan: Plan, params: Any, sharding: Any) -> dict[str, Any]:
+    """Returns abstract adapters, boxed and placed like their leaf, or as ``sharding`` says."""
     leaves, boxes = flatten(params)[0], boxes_of(params)
-    with explained("restore: factors cannot be placed:", f"sharding={sharding!r}"):
+    with explained("restore: adapters cannot be placed:", f"sharding={sharding!r}"):
         abstract = {
             group.key: jax.ShapeDtypeStruct(
                 group.shape,
@@ -72,15 +72,15 @@ def factor_templates(plan: Plan, params: Any, sharding: Any) -> dict[str, Any]:
             )
             for group in plan.adapted
         }
-        factors = make_factors(plan, abstract, boxes, jax.random.key(0))
+        adapters = make_adapters(plan, abstract, boxes, jax.random.key(0))
         if sharding is None or isinstance(sharding, jax.sharding.Mesh):
-            return factors
+            return adapters
         if isinstance(sharding, jax.sharding.Sharding):
-            return jax.tree.map(lambda x: _on(x, sharding), factors)
+            return jax.tree.map(lambda x: _on(x, sharding), adapters)
         plain = without_boxes(sharding)
-        plain = plain.get("lora", plain)
-        placed = jax.tree.map(_on, without_boxes(factors), plain)
-        return jax.tree.unflatten(jax.tree.structure(factors), jax.tree.leaves(placed))
+        plain = plain if LORA in plain else {LORA: plain}
+        placed = jax.tree.map(_on, without_boxes(adapters), plain)
+        return jax.tree.unflatten(jax.tree.structure(adapters), jax.tree.leaves(placed))
 
 
 def _on(factor: Any, place: Any) -> Any:

@@ -14,14 +14,11 @@ from jax.extend.core import ClosedJaxpr, Var
 
 from flax_tied_lora._provenance import Provenance
 from flax_tied_lora._sites import Read
-from flax_tied_lora._weight import LowRank, Weight
+from flax_tied_lora._weight import Weight
 
 
 def _rename(weight: Weight, names: Callable[[str], str]) -> Weight:
-    terms = tuple(
-        dataclasses.replace(t, group=names(t.group)) if isinstance(t, LowRank) else t
-        for t in weight.terms
-    )
+    terms = tuple(t.renamed(names) for t in weight.terms)
     origins = tuple(dataclasses.replace(o, leaf=names(o.leaf)) for o in weight.origins)
     return weight.replace(terms=terms, origins=origins)
 
@@ -70,12 +67,10 @@ def rebuild(
       avals: of the flattened operands.
     """
     _, tree = flatten(operands)
-    terms = [
-        t for x in operands if isinstance(x, Weight) for t in x.terms if isinstance(t, LowRank)
-    ]
+    weights = [x for x in operands if isinstance(x, Weight)]
     # What is known of the leaves, and where a term depends on it the outer scope, goes in too.
     known = tuple((hidden, context.leaves.get(name)) for name, hidden in names.stand_ins.items())
-    scoped = any(t.key is not None or (t.sites is not None and t.sites.scope) for t in terms)
+    scoped = any(w.keyed or any(t.sites is not None for t in w.terms) for w in weights)
     full_key = (key, tree, tuple(avals), known, context.full_scope if scoped else "")
     if full_key in context.memo:
         return context.memo[full_key]

@@ -161,9 +161,10 @@ def reduce_sum(context, eqn, weight):
     axes = eqn.params["axes"]
     weight = weight.folded()
     for term in weight.terms:
-        if isinstance(term, LowRank) and any(
-            (i in term.a.axes) == (i in term.b.axes) for i in axes
-        ):
+        if not isinstance(term, LowRank):
+            if not term.whole:
+                return NotImplemented
+        elif any((i in term.a.axes) == (i in term.b.axes) for i in axes):
             return NotImplemented
 
     def move(factor: Factor) -> Factor:
@@ -186,10 +187,16 @@ def reduce_sum(context, eqn, weight):
     return [out]
 
 
-@_layout("tile")
-def tile(factor: Factor, eqn: Any) -> Factor:
-    own = [1 if a == RANK else eqn.params["reps"][a] for a in factor.axes]
-    return Factor(jnp.tile(factor.array, own), factor.axes)
+@rule("tile")
+def tile(context, eqn, weight):
+    def move(factor: Factor) -> Factor:
+        own = [1 if a == RANK else eqn.params["reps"][a] for a in factor.axes]
+        return Factor(jnp.tile(factor.array, own), factor.axes)
+
+    out = weight.rearrange(
+        eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], move, same_axes(eqn)
+    )
+    return [out.replace(terms=tuple(t.repeated() for t in out.terms))]
 
 
 @_layout("rev")

@@ -37,7 +37,7 @@ def gather(context, eqn, weight, indices):
         held[position] = (axis,)
     if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         for term in weight.terms:
-            if isinstance(term, LowRank) and set(indexed) - {*term.a.axes, *term.b.axes}:
+            if not term.whole and set(indexed) - set(_axes_of(term)):
                 return NotImplemented  # the delta is constant there, and 0 where the index is out
     # Beside axes of which one entry is picked, a window over others is a choice of columns.
     rows = [a for a in indexed if a in dims.collapsed_slice_dims] or indexed
@@ -47,6 +47,12 @@ def gather(context, eqn, weight, indices):
         lambda factor: _gather_factor(factor, eqn, indices),
         held,
     )  # fmt: skip
+
+
+def _axes_of(term: Any) -> set[Any]:
+    """Returns the axes along which a delta varies."""
+    factors = [x for x in vars(term).values() if isinstance(x, Factor)]
+    return {a for factor in factors for a in factor.axes}
 
 
 def _is_whole(eqn: Any, axis: int) -> bool:
@@ -86,7 +92,8 @@ def _pick(
             dataclasses.replace(o, picked=o.on_leaf(indexed), picked_by=eqn.primitive.name)
             for o in weight.origins
         )
-        return [weight.replace(origins=origins).rearrange(aval, run, move, held)]
+        picked = weight.replace(origins=origins).rearrange(aval, run, move, held)
+        return [picked.replace(terms=tuple(t.repeated() for t in picked.terms))]
     terms, read = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
     accumulate = accumulator(aval.dtype)
     cost, parts, low_rank = Cost(), [], False
@@ -109,7 +116,7 @@ def _pick(
             parts.append(moved.dense(aval.shape, accumulate))
     scale = None if weight.scale is None else move(weight.scale)
     if len(parts) == 1 and scale is None and not low_rank:
-        return [parts[0]]
+        return [lax.convert_element_type(parts[0], aval.dtype)]
     out = add([lax.convert_element_type(p, accumulate) for p in parts])
     if scale is not None:
         out *= scale.astype(accumulate).spread(order, aval.shape)

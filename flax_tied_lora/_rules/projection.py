@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from flax_tied_lora import _rows
 from flax_tied_lora._factor import (
     RANK,
     Axis,
@@ -20,6 +22,7 @@ from flax_tied_lora._factor import (
     operation_dtype,
     times_chain,
 )
+from flax_tied_lora._rows import Rows
 from flax_tied_lora._rules import rule
 from flax_tied_lora._sites import LOOKUP, PROJECTION
 from flax_tied_lora._weight import LowRank, Term, Weight, add
@@ -28,7 +31,7 @@ from flax_tied_lora._weight import LowRank, Term, Weight, add
 def serve(
     context: Any, eqn: Any, weight: Weight, x: Any, terms: Sequence[Term],
     dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Cost, Any], Array],
-    read: Any, scale: Array | None = None,
+    read: Any, scale: Array | None = None, rows: Callable[[Rows, Any, Cost], Any] | None = None,
 ) -> Array:  # fmt: skip
     """Returns the sum over terms of a product with data, cast once to the equation's dtype.
 
@@ -37,26 +40,36 @@ def serve(
       low_rank: the product with a delta; called with the term, the data, the cost to add to, and
         the sharding that the result must have, or None.
       scale: multiplied in before that cast.
+      rows: returns a function that adds the product with replaced rows to a result; None where
+        there is none.
     """
     aval, accumulate = eqn.outvars[0].aval, accumulator(eqn.outvars[0].aval.dtype)
-    cost, parts = Cost(), []
+    cost, parts, adders = Cost(), [], []
+    plain = None
+    if not isinstance(x, Weight):
+        plain = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
     for term in terms:
         if isinstance(term, LowRank):
             _refuse_differentiated(context, term)
-            data = x
-            if not isinstance(x, Weight):
-                data = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
-                data = data if term.key is None else dropped(term, data)
+            data = x if plain is None else plain
+            if plain is not None and term.key is not None:
+                data = dropped(term, plain)
             sharding = _explicit(parts[0]) if parts else None
             parts.append(low_rank(term, data, cost, sharding))
-        else:
-            if not term.whole:
-                context.added_up(eqn.primitive.name, weight, [term])
-            parts.append(dense(term.dense(weight.shape, weight.dtype)))
+            continue
+        if isinstance(term, Rows) and rows is not None and plain is not None:
+            with contextlib.suppress(MixedAxesError):
+                adders.append(rows(term, plain, cost))
+                continue
+        if not term.whole:
+            context.added_up(eqn.primitive.name, weight, [term])
+        parts.append(dense(term.dense(weight.shape, weight.dtype)))
     read(cost)
-    if len(parts) == 1 and parts[0].dtype == aval.dtype and scale is None:
+    if len(parts) == 1 and parts[0].dtype == aval.dtype and scale is None and not adders:
         return parts[0]
     out = add([lax.convert_element_type(p, accumulate) for p in parts])
+    for adder in adders:
+        out = adder(out)
     if scale is not None:
         out *= lax.convert_element_type(scale, accumulate)
     return lax.convert_element_type(out, aval.dtype)
@@ -140,13 +153,19 @@ def dot_general(context, eqn, lhs, rhs):
         out = chain(term, data, names, order, cost, **options, out_sharding=sharding)
         return out.spread(order, shape)
 
+    def rows(term: Rows, data: Array, cost: Cost) -> Any:
+        return _rows.product(
+            term, data, names, order, eqn.outvars[0].aval.shape, cost,
+            accumulate=accumulate, precision=params["precision"],
+        )  # fmt: skip
+
     if role == LOOKUP:
         for term in terms:
             # The transpose of a projection reads as a lookup: rows are summed over.
             _refuse_differentiated(context, term)
         terms = tuple(without_dropout(t) for t in terms)
     after = None if scale is None or before else scale.spread(order, eqn.outvars[0].aval.shape)
-    return [serve(context, eqn, weight, x, terms, dense, low_rank, read, after)]
+    return [serve(context, eqn, weight, x, terms, dense, low_rank, read, after, rows)]
 
 
 def without_dropout(term: Term) -> Term:

@@ -188,7 +188,7 @@ def test_head_resolves_to_the_table(name):
     adapted = tied_lora.wrap(case.params, config, sites=sites_of(name), ties=case.family.ties)
     (group,) = adapted.plan.adapted
     assert (group.key, group.is_table) == (case.family.table, True)
-    assert group.factor_shapes()["lora_a"] == (*group.shape[:1], 2)
+    assert group.shapes(group.adapters[0])["lora_a"] == (*group.shape[:1], 2)
 
 
 @each_family
@@ -229,7 +229,7 @@ def test_config_that_denies_the_tie_leaves_two_leaves(name):
     assert tied_lora.find_ties(case.params, untied, sites=sites_of(name)) == []
     config = tied_lora.LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"])
     adapted = tied_lora.wrap(case.params, config, sites=sites_of(name), ties=untied)
-    assert {g.key: g.factor_shapes()["lora_a"][0] for g in adapted.plan.adapted} == {
+    assert {g.key: g.shapes(a)["lora_a"][0] for g, a in adapted.plan.adapters()} == {
         "model/embed_tokens/embedding": 96,
         "lm_head/kernel": WIDTH,
     }

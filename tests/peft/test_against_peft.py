@@ -165,7 +165,7 @@ def test_scaling_and_ranks_follow_the_patterns(pairs):
         seen = set()
         for group in adapted.plan.adapted:
             layer = torch_layer(model, group.key)
-            assert group.rank == layer.r["default"], group.key
+            assert group.adapters[0].rank == layer.r["default"], group.key
             np.testing.assert_allclose(
                 adapted.scaling[group.key], layer.scaling["default"], rtol=1e-6
             )

@@ -1,0 +1,37 @@
+"""What is said where a weight is added up."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from flax_tied_lora._sites import Read
+
+
+class DensifyWarning(UserWarning):
+    """A weight and its delta were added up into one array, at the cost of that array."""
+
+
+class DensifyError(ValueError):
+    """The same, refused: ``on_dense="error"``."""
+
+
+def densified(read: Read) -> str:
+    """Returns the message for a call site that had its weight added up."""
+    site = read.site
+    where = f" in {site.scope!r}" if site.scope else ""
+    what = (
+        "hands it back" if site.operation == "return"
+        else f"is read by {site.operation!r}{where}, for which there is no low-rank rule"
+    )  # fmt: skip
+    return (
+        f"adapt: {site.leaf!r} {what}; the weight and its delta were added up into one array of "
+        f"{read.bytes:,} bytes. Take it out of target_modules, write a rule (register_rule), or "
+        'accept the cost with on_dense="allow"'
+    )
+
+
+def warn_of_dense(reads: Sequence[Read]) -> None:
+    """Warns once for each call site that had its weight added up."""
+    for read in dict.fromkeys(r for r in reads if r.served == "dense"):
+        warnings.warn(densified(read), DensifyWarning, stacklevel=3)

@@ -1,0 +1,138 @@
+"""The symbolic weights of an `Adapted`: each adapter of its plan as a term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._factor import RANK, Cost, Factor, accumulator, contract
+from flax_tied_lora._factors import key_number, unboxed
+from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
+from flax_tied_lora._rows import Rows
+from flax_tied_lora._sites import SiteFilter
+from flax_tied_lora._ties import Member
+from flax_tied_lora._weight import Dense, LowRank, Origin, Term, Weight
+
+
+def weights_of(
+    adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None
+) -> dict[str, Weight]:
+    """Returns the symbolic weight of every member of every adapted group, by leaf path.
+
+    Args:
+      leaves: the params, by path.
+      dtype: of copies; by default the leaf's.
+    """
+    weights = {}
+    for group in adapted.plan.adapted:
+        array = jnp.asarray(leaves[group.key])
+        terms, scale = {}, None
+        for adapter in group.adapters:
+            own = adapted.adapters[adapter.kind][adapter.key]
+            terms[adapter] = _term(adapted, group, adapter, own, array, dtype)
+            if adapter.dora:
+                magnitude = jnp.asarray(unboxed(own["lora_magnitude"]))
+                scale = _dora_scale(array, terms[adapter], magnitude, group)
+        for member in group.members:
+            weights[member.path] = _member(member, array, terms, scale)
+    return weights
+
+
+def _term(
+    adapted: Adapted, group: GroupPlan, adapter: AdapterPlan, own: Any, table: jax.Array,
+    dtype: Any,
+) -> Term:  # fmt: skip
+    """Returns an adapter as a term, in the layout of the group's canonical leaf."""
+    if adapter.kind == TRAINABLE_TOKENS:
+        rows = jnp.asarray(unboxed(own))
+        return Rows.replacing(
+            adapter.tokens, rows, table, group.token_axis, adapter.key, adapter.sites
+        )
+    if adapter.kind != LORA:
+        copy = lax.convert_element_type(jnp.asarray(unboxed(own)), dtype or table.dtype)
+        return Dense(copy, adapter.key, adapter.sites)
+    dropout = float(adapted.plan.config.lora_dropout)
+    key = None
+    if dropout and adapted.rng is not None:
+        key = jax.random.fold_in(adapted.rng, key_number(adapter.key))
+    axes = group.axes(adapter)
+    a, b = (Factor(jnp.asarray(unboxed(own[name])), axes[name]) for name in ("lora_a", "lora_b"))
+    scaling = jnp.asarray(adapted.scaling[adapter.key])
+    rate = dropout if key is not None else 0.0
+    return LowRank(a, b, scaling, key, adapter.key, adapter.sites, rate)
+
+
+def _member(
+    member: Member, array: jax.Array, terms: Mapping[AdapterPlan, Term], scale: Factor | None
+) -> Weight:
+    own = [term for adapter, term in terms.items() if adapter.covers(member.path)]
+    copies = [t for t in own if isinstance(t, Dense)]
+    if all(t.sites is not None for t in copies):
+        # Where a copy is for some call sites only, the frozen array is for the others.
+        filters = tuple(t.sites for t in copies if t.sites is not None)
+        own = [Dense(array, sites=SiteFilter(others=filters) if filters else None), *own]
+    if member.transposed:
+        own = [t.rearrange(_turned, _turned_factor) for t in own]
+        scale = None if scale is None else _turned_factor(scale)
+    shape = array.shape[::-1] if member.transposed else array.shape
+    axes = tuple((i,) for i in range(array.ndim))
+    return Weight(tuple(own), scale, shape, array.dtype, (Origin(member.path, axes),))
+
+
+def _turned(array: jax.Array) -> jax.Array:
+    return lax.transpose(array, (1, 0))
+
+
+def _turned_factor(factor: Factor) -> Factor:
+    return factor.relabel({0: 1, 1: 0}.__getitem__)
+
+
+def _dora_scale(array: jax.Array, delta: Term, magnitude: jax.Array, group: GroupPlan) -> Factor:
+    """Returns DoRA's scale: the magnitude over the norm of each column of weight and delta.
+
+    The norm is a constant to differentiation (DoRA, arXiv:2402.09353, section 4.3; PEFT's
+    ``DoraLinearLayer``). The delta is not added up: ``|w + d|^2 = |w|^2 + 2 w.d + |d|^2``, the last
+    two by way of the rank axis.
+    """
+    assert isinstance(delta, LowRank)
+    accumulate = accumulator(array.dtype)
+    keep = (*group.batch, *group.cols)
+    options: dict[str, Any] = {"accumulate": accumulate, "cost": Cost()}
+    w, a, b, scaling = jax.tree.map(
+        lax.stop_gradient,
+        (Factor(array, tuple(range(array.ndim))).astype(accumulate), delta.a.astype(accumulate),
+         delta.b.astype(accumulate), lax.convert_element_type(delta.scaling, accumulate)),
+    )  # fmt: skip
+    squares = jnp.sum(jnp.square(w.array), axis=group.rows)
+    order = tuple(i for i in range(array.ndim) if i not in group.rows)
+    squares = Factor(squares, order).ordered(keep).array
+
+    def over_rank(first: Factor) -> jax.Array:
+        product = contract(first, b, keep, **options).ordered(keep)
+        return product.array
+
+    cross = over_rank(contract(w, a, (*keep, RANK), **options))
+    other = Factor(a.array, tuple("rank of b" if n == RANK else n for n in a.axes))
+    gram = contract(a, other, (*group.batch, RANK, "rank of b"), **options)
+    second = Factor(b.array, tuple("rank of b" if n == RANK else n for n in b.axes))
+    inner = contract(gram, second, (*keep, RANK), **options)
+    norm = jnp.sqrt(jnp.maximum(squares + 2 * scaling * cross + scaling**2 * over_rank(inner), 0))
+    # A column of zeros has no direction; PEFT makes it NaN.
+    norm = jnp.where(norm > 0, norm, 1)
+    return Factor(magnitude.astype(accumulate) / norm, keep)
+
+
+def shapes_of(adapted: Adapted) -> Sequence[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
+    """Returns for every array of every adapter its key, its name, its shape and the plan's."""
+    found = []
+    for group, adapter in adapted.plan.adapters():
+        own = adapted.adapters[adapter.kind][adapter.key]
+        for name, shape in group.shapes(adapter).items():
+            array = unboxed(own[name] if name else own)
+            found.append((adapter.key, name or adapter.kind, tuple(array.shape), shape))
+    return found
