@@ -158,15 +158,15 @@ def _axes(group: TieGroup, leaf: Any, sites: CallSites | None, needed: bool) -> 
 
 
 def _factors(group: TieGroup, leaf: Any, axes: Axes, part: Part, config: LoraConfig) -> AdapterPlan:
-    hits = part.hits
-    for what in (config.rank_for, config.scaling_for):
+    hits, module = part.hits, part.hits[0].module
+    for what in (config.rank_for, config.scaling_for) if len(hits) > 1 else ():
         values = {hit.module: what(hit.module) for hit in hits}
         if len(set(values.values())) > 1:
             raise ValueError(
                 f"wrap: {group.key!r} is one tie group, and the patterns give it different values: "
                 f"{values}; give its names the same rank and alpha"
             )
-    rank = config.rank_for(hits[0].module)
+    rank = config.rank_for(module)
     limit = min(math.prod(leaf.shape[a] for a in side) for side in (axes.rows, axes.cols))
     if rank > limit:
         raise ValueError(
@@ -180,7 +180,7 @@ def _factors(group: TieGroup, leaf: Any, axes: Axes, part: Part, config: LoraCon
         )
     return AdapterPlan(
         LORA, part.key(group), part.name, part.members, part.sites, rank, config.use_dora,
-        reads_weight(config.init_lora_weights) and not axes.is_table, (), hits[0].module,
+        reads_weight(config.init_lora_weights) and not axes.is_table, (), module,
         tuple(dict.fromkeys(h.target for h in hits)),
     )  # fmt: skip
 
@@ -222,6 +222,8 @@ def _tokens(
 
 
 def _check_kinds(group: TieGroup, adapters: Sequence[AdapterPlan]) -> None:
+    if len(adapters) < 2:
+        return
     kinds = {a.kind for a in adapters}
     if {MODULES_TO_SAVE, TRAINABLE_TOKENS} <= kinds:
         fields, why = "modules_to_save and trainable_token_indices", "a full copy has all rows"

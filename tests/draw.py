@@ -275,10 +275,14 @@ def leaves(draw: Any) -> Leaf:
     """Draws a leaf: a tied table, a kernel of two axes, stacked or per-head kernels."""
     kind = draw(st.sampled_from(["tied", "tied", "kernel", "3", "3", "4"]))
     rank, dtype = draw(st.integers(1, 2)), draw(st.sampled_from(["float32", "float32", "bfloat16"]))
+    adapters = draw(st.sampled_from(["lora", "lora", "lora", "dora", "rows", "copy"]))
     if kind == "tied":
-        return Leaf(draw(st.sampled_from([(6, 4), (8, 3), (4, 6)])), dtype, rank)
+        shape = draw(st.sampled_from([(6, 4), (8, 3), (4, 6)]))
+        return Leaf(shape, dtype, rank, kind=adapters)
     ndim = 2 if kind == "kernel" else int(kind)
     shape = tuple(draw(st.sampled_from([2, 3, 4])) for _ in range(ndim))
     labels = draw(st.permutations([*"rc", *draw(st.sampled_from(["bb", "rb", "cb", "rc"]))][:ndim]))
     rows, cols = (tuple(i for i, x in enumerate(labels) if x == side) for side in "rc")
-    return Leaf(shape, dtype, rank, rows, cols)
+    if adapters == "rows" and (ndim > 2 or shape[cols[0]] < 3):
+        adapters = "lora"  # tokens are along one axis, and two of them are not to be all there is
+    return Leaf(shape, dtype, rank, rows, cols, adapters)

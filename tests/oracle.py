@@ -49,7 +49,13 @@ def _fast_compile() -> dict[str, Any]:
 
 
 def wrapped(
-    params: Any, targets: Sequence[str] | str, *, r: int = 2, seed: int = 0, **options: Any
+    params: Any,
+    targets: Sequence[str],
+    *,
+    r: int = 2,
+    seed: int = 0,
+    kind: str = "lora",
+    **options: Any,
 ) -> tied_lora.Adapted:
     """Returns params wrapped for the targets, with random factors: deltas of the weights' size.
 
@@ -58,9 +64,17 @@ def wrapped(
       targets: as `LoraConfig.target_modules`.
       r: rank.
       seed: of the factors.
+      kind: of adapters: "lora", "dora", "rows" (factors, and rows 0 and 1 replaced) or "copy".
       **options: passed to `wrap`.
     """
-    config = tied_lora.LoraConfig(r=r, lora_alpha=_SCALING * r, target_modules=targets)
+    fields: dict[str, Any] = {
+        "lora": {},
+        "dora": {"use_dora": True},
+        "rows": {"trainable_token_indices": {name: [1, 0] for name in targets}},
+        "copy": {"target_modules": None, "modules_to_save": targets},
+    }[kind]
+    fields = {"r": r, "lora_alpha": _SCALING * r, "target_modules": targets} | fields
+    config = tied_lora.LoraConfig(**fields)
     options["ties"] = tied_lora.find_ties(
         params, options.pop("ties", "auto"), sites=options.get("sites")
     )
@@ -80,13 +94,14 @@ def labelled(
     *,
     r: int = 2,
     dtype: Any = jnp.float32,
+    kind: str = "lora",
 ) -> tied_lora.Adapted:
     """Returns params ``{"dense": {"kernel": ...}}`` wrapped with these axes as rows and columns."""
     site = tied_lora.CallSite(
         "dense/kernel", "dot_general", role="projection", rows=rows, cols=cols
     )
     params = {"dense": {"kernel": array(*shape, seed=1, dtype=dtype)}}
-    return wrapped(params, ["dense"], r=r, sites=tied_lora.CallSites((site,)))
+    return wrapped(params, ["dense"], r=r, kind=kind, sites=tied_lora.CallSites((site,)))
 
 
 def only(explained: tied_lora.Explanation, role: str) -> tuple[tied_lora.Read, ...]:

@@ -68,6 +68,7 @@ class Leaf:
       shape, dtype: of the leaf.
       rank: of the factors.
       rows, cols: its axes; () for two axes in order, of a tied table; all others are batch.
+      kind: of its adapters, as `tests.oracle.wrapped` has it.
     """
 
     shape: tuple[int, ...]
@@ -75,6 +76,7 @@ class Leaf:
     rank: int
     rows: tuple[int, ...] = ()
     cols: tuple[int, ...] = ()
+    kind: str = "lora"
 
     @property
     def tied(self) -> bool:
@@ -87,11 +89,12 @@ class Leaf:
                 f"table = {weight}\n"
                 'params = {"embed": {"embedding": table}, "head": {"kernel": table.T}}\n'
                 'ties = [("embed/embedding", "head/kernel")]\n'
-                f'adapted = wrapped(params, ["embed"], r={self.rank}, ties=ties)'
+                f'adapted = wrapped(params, ["embed"], r={self.rank}, kind="{self.kind}", '
+                "ties=ties)"
             )
         return (
             f"adapted = labelled({self.shape}, {self.rows}, {self.cols}, r={self.rank}, "
-            f"dtype=jnp.{self.dtype})"
+            f'dtype=jnp.{self.dtype}, kind="{self.kind}")'
         )
 
 

@@ -1,0 +1,11 @@
+"""PEFT's adapter files, in and out; and merged models for PyTorch.
+
+`save_adapter` writes what ``PeftModel.from_pretrained`` loads; `load_adapter` reads what PEFT's
+``save_pretrained`` wrote. Neither needs PyTorch. The correspondence of names is `names_of`'s.
+"""
+
+from flax_tied_lora._peft.errors import AdapterFileError as AdapterFileError
+from flax_tied_lora._peft.load import load_adapter as load_adapter
+from flax_tied_lora._peft.merged import save_merged as save_merged
+from flax_tied_lora._peft.save import save_adapter as save_adapter
+from flax_tied_lora.names import names_of as names_of
