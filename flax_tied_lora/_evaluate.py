@@ -154,7 +154,7 @@ class Context:
         if cols is None:
             cols = [i for i in range(len(weight.shape)) if i not in (*rows, *batch)]
         found = LOOKUP if role == OTHER and all(o.picked for o in weight.origins) else role
-        terms = weight.at(self._forward(found, weight), module_scope(self.full_scope))
+        terms = weight.at(self._forward(operation, found, weight), module_scope(self.full_scope))
         groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
         cost = Cost()
         for origin in weight.origins:
@@ -181,15 +181,18 @@ class Context:
 
         return terms, report
 
-    def _forward(self, role: Any, weight: Weight) -> Any:
+    def _forward(self, operation: str, role: Any, weight: Weight) -> Any:
         """Returns the role of the site that a site in a backward pass belongs to.
 
         The backward pass of a projection reads as a lookup, as its rows are summed over, and that
-        of a one-hot lookup as a projection.
+        of a one-hot lookup as a projection. Transposed twice it is what it was; and so is what a
+        checkpoint's backward pass computes again.
         """
         if role == OTHER or all(t.sites is None for t in weight.terms):
             return role
-        if "transpose(" not in self.full_scope:
+        scope = self.full_scope
+        turned = scope.count("transpose(") - scope.count("rematted_computation")
+        if turned % 2 == 0 or operation in ("gather", "dynamic_slice"):
             return role
         return PROJECTION if role == LOOKUP else LOOKUP
 

@@ -137,6 +137,7 @@ def _group_plan(
         *([AdapterPlan(BIAS, group.key, targets=(config.bias,))] if bias else []),
     ]  # fmt: skip
     check_overlap("modules_to_save", group, copies, sites)
+    check_overlap("target_modules", group, deltas, sites)
     for delta in deltas if copies else ():
         check_overlap("target_modules and modules_to_save", group, [*copies, delta], sites)
     _check_kinds(group, adapters)

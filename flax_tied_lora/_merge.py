@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,8 +98,14 @@ def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | Non
         if not group.separate:
             merged[group.key] = weights[group.key].replace(dtype=kind).dense()
             continue
+        own = {m.path for m in group.members}
         for path, array in _untied(group, weights, left, kind).items():
-            (merged if path in leaves else new)[path] = array
+            if path in new or (path in leaves and path not in own):
+                raise ValueError(
+                    f"merge: untie puts a new leaf at {path!r}, where another leaf is in the way; "
+                    "name another path"
+                )
+            (merged if path in own else new)[path] = array
     if left:
         raise ValueError(
             f"merge: untie names {', '.join(map(repr, left))}, for which there is no separate "
@@ -120,15 +126,16 @@ def _untied(
     names = [n for n in untie if n in parts or (n in ROLES and not scoped)]
     members = [m.path for m in group.members]
     left = {a.name: a for a in group.separate if a.name not in names}
-    at_once = [
-        [a.name for a in left.values() if a.sites is not None and a.covers(path)]
-        for path in members if path not in untie.values()
+    gone = [parts.get(name, SiteFilter(role=ROLES.get(name))) for name in names]
+    mixed = [
+        a.name for path in members if path not in untie.values() for a in left.values()
+        if a.sites is not None and a.covers(path) and not _alone(a.sites, gone)
     ]  # fmt: skip
-    if not names or any(len(each) > 1 for each in at_once):
+    if not names or mixed:
         raise ValueError(
             f"merge: {group.key!r} has separate adapters for {', '.join(map(repr, parts))}, which "
             "one array cannot hold; say where the second copy goes: "
-            f'untie={{"{next(reversed(parts))}": "path/of/leaf"}}'
+            f'untie={{"{mixed[-1] if mixed and names else next(reversed(parts))}": "path/of/leaf"}}'
         )
     arrays: dict[str, Any] = {}
     for name in names:
@@ -137,6 +144,10 @@ def _untied(
         if (sites is None and path not in own) or (sites is not None and path == group.key):
             expected = f"one of {own}" if sites is None else "another path than the others' leaf"
             raise ValueError(f"merge: untie={{{name!r}: {path!r}}}; expected {expected}")
+        if path in arrays:
+            raise ValueError(
+                f"merge: untie names {path!r} twice; each part needs a leaf of its own"
+            )
         array = _as_read(weights[path if path in members else group.key], sites, dtype)
         turn = path not in members and leaf_name(path) == "kernel" and group.is_table
         arrays[path] = array.T if turn else array
@@ -145,6 +156,16 @@ def _untied(
             rest = [a.sites for a in left.values() if a.sites is not None and a.covers(path)]
             arrays[path] = _as_read(weights[path], rest[0] if rest else None, dtype)
     return arrays
+
+
+def _alone(sites: SiteFilter, gone: Sequence[SiteFilter | None]) -> bool:
+    """Returns whether a leaf is read by these sites only, others having a leaf of their own.
+
+    That is known of lookups where the projections are gone, and the other way round; what else is
+    read beside a scope is not.
+    """
+    others = {SiteFilter(role=role) for role in ROLES.values() if role != sites.role}
+    return sites == SiteFilter(role=sites.role) and others <= set(gone)
 
 
 def _as_read(weight: Weight, sites: SiteFilter | None, dtype: Any) -> Any:

@@ -19,9 +19,7 @@ from flax_tied_lora._ties import Member
 from flax_tied_lora._weight import Dense, LowRank, Origin, Term, Weight
 
 
-def weights_of(
-    adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None
-) -> dict[str, Weight]:
+def weights_of(adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None) -> dict[str, Weight]:
     """Returns the symbolic weight of every member of every adapted group, by leaf path.
 
     Args:

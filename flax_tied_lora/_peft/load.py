@@ -57,6 +57,7 @@ def load_adapter(
     Raises:
       AdapterFileError: a file is missing or damaged, or of another kind or model; copies of a tied
         adapter or base embeddings differ. Nothing is changed.
+      TypeError: the params are wrapped already, or names is no `Names`.
       ValueError: a declared tie does not fit; an option is unknown.
     """
     for name, value, known in (
@@ -67,6 +68,11 @@ def load_adapter(
             raise ValueError(f"load_adapter: {name}={value!r}; expected one of {known}")
     if not isinstance(names, Names):
         raise TypeError(f"load_adapter: names is a {type(names).__name__}; expected names_of(...)")
+    if isinstance(params, Adapted):
+        raise TypeError(
+            "load_adapter: params is an Adapted; pass base(adapted), or merge(adapted) to "
+            "build on its adapters"
+        )
     with read_adapter(directory) as files:
         config = _config(files)
         content = content_of(files, config, params, names)

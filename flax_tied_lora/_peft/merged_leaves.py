@@ -155,7 +155,7 @@ class _Merged:
         one = dataclasses.replace(
             self.adapted.eval(), plan=Plan.of((group,), self.adapted.plan.config)
         )
-        weights = weights_of(one, self.arrays)
+        weights = weights_of(one, self.arrays, self.dtype)
         light = all(a.kind in (LORA, TRAINABLE_TOKENS) for a in group.adapters)
         if again and light and isinstance(self.arrays[group.key], jax.Array):
             self.kept[group.key] = weights

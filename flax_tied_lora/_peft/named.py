@@ -83,7 +83,11 @@ def content_of(files: AdapterFiles, config: LoraConfig, params: Any, names: Name
             lora.add(factor["module"])
     for module in sorted(lora):
         path, weight = _leaf(files, f"{module}.weight", names, leaves)
-        _add(content.hits.lora, path, _hit(config.target_modules, module, path, weight, names))
+        _add(
+            content.hits.lora,
+            path,
+            _hit(config.target_modules, module, path, weight, names, leaves),
+        )
         content.adapted.add(weight.name)
     for name in files.tensors:
         inner = name.removeprefix(PREFIX)
@@ -100,7 +104,7 @@ def content_of(files: AdapterFiles, config: LoraConfig, params: Any, names: Name
             _add(
                 content.hits.tokens,
                 path,
-                _hit(config.trainable_token_indices, module, path, weight, names),
+                _hit(config.trainable_token_indices, module, path, weight, names, leaves),
             )
             content.tokens.add(module)
             continue
@@ -114,7 +118,7 @@ def content_of(files: AdapterFiles, config: LoraConfig, params: Any, names: Name
             continue
         path, weight = _leaf(files, own, names, leaves)
         module, _, parameter = own.rpartition(".")
-        hit = _hit(config.modules_to_save, module, path, weight, names)
+        hit = _hit(config.modules_to_save, module, path, weight, names, leaves)
         saved = any(_is_saved(config, m) for m in _with_tied(config, module, names))
         # A bias of a tied head is another module's in Flax.
         elsewhere = hit.leaf != path and parameter != "weight"
@@ -185,7 +189,10 @@ def _add(hits: dict[str, list[Hit]], path: str, hit: Hit) -> None:
     hits.setdefault(path, []).append(hit)
 
 
-def _hit(written: Any, module: str, path: str, weight: TorchWeight, names: Names) -> Hit:
+def _hit(
+    written: Any, module: str, path: str, weight: TorchWeight, names: Names,
+    leaves: Mapping[str, Any],
+) -> Hit:  # fmt: skip
     """Returns the hit of a module: by its leaf, or by its role where that is another module's.
 
     Args:
@@ -194,7 +201,7 @@ def _hit(written: Any, module: str, path: str, weight: TorchWeight, names: Names
     listed = () if isinstance(written, str) else written or ()
     named = (n for n in listed if isinstance(n, str) and matches((n,), module) is not None)
     target = next(named, module)
-    own = {w.module for w in names.to_torch(path, weight.ndim)}
+    own = {w.module for w in names.to_torch(path, unboxed(leaves[path]).shape)}
     if module in own:
         return Hit(target, module, leaf=path)
     role = LOOKUP if weight.kind == "embedding" else PROJECTION
