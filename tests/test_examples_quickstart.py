@@ -18,7 +18,7 @@ def test_it_prints_the_tie_trains_and_merges(capsys):
     end = runpy.run_path(str(QUICKSTART))
     printed = capsys.readouterr().out
 
-    assert re.search(r"^embed/embedding +- +data flow +64 x 32 +4 +384$", printed, re.M)
+    assert re.search(r"^embed/embedding +- +data flow +64 x 32 +LoRA, rank 4 +384$", printed, re.M)
     assert "trainable: 640 of 3,744 parameters" in printed
     served = re.findall(r"^embed/embedding +(\w+) #0 +(\w+) +low rank ", printed, re.M)
     assert served == [("gather", "lookup"), ("dot_general", "projection")]

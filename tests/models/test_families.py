@@ -197,7 +197,7 @@ def test_lm_head_and_embed_tokens_are_roles_of_the_table(name):
     for target in ("lm_head", "embed_tokens"):
         config = tied_lora.LoraConfig(r=2, target_modules=[target])
         adapted = tied_lora.wrap(case.params, config, sites=sites_of(name), ties=case.family.ties)
-        assert [(g.key, g.targets) for g in adapted.plan.adapted] == [
+        assert [(g.key, a.targets) for g, a in adapted.plan.adapters()] == [
             (case.family.table, (target,))
         ]
 

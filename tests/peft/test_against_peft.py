@@ -163,15 +163,15 @@ def test_scaling_and_ranks_follow_the_patterns(pairs):
         adapted = both.wrap(use_rslora=use_rslora, **fields)
         assert len(adapted.plan.adapted) == 7
         seen = set()
-        for group in adapted.plan.adapted:
+        for group, adapter in adapted.plan.adapters():
             layer = torch_layer(model, group.key)
-            assert group.adapters[0].rank == layer.r["default"], group.key
+            assert adapter.rank == layer.r["default"], group.key
             np.testing.assert_allclose(
                 adapted.scaling[group.key], layer.scaling["default"], rtol=1e-6
             )
             shapes = {name: x.shape for name, x in factors(layer).items()}
-            assert group.factor_shapes() == shapes
-            seen.add((group.rank, layer.lora_alpha["default"]))
+            assert group.shapes(adapter) == shapes
+            seen.add((adapter.rank, layer.lora_alpha["default"]))
         assert seen == {(4, 1), (2, 5), (2, 10), (4, 32), (6, 32), (3, 10), (4, 10)}
 
 
