@@ -137,6 +137,7 @@ def mark_of(number: int, adapteds: Sequence[Adapted]) -> str:
 
 def _warn_of_unread(reads: Sequence[Read], adapteds: Sequence[Adapted]) -> None:
     read = {r.site.leaf for r in reads}
+    served = {key for r in reads for key in r.groups}
     for number, adapted in enumerate(adapteds):
         mark = mark_of(number, adapteds)
         for group in adapted.plan.adapted:
@@ -148,3 +149,13 @@ def _warn_of_unread(reads: Sequence[Read], adapteds: Sequence[Adapted]) -> None:
                     UnreadTargetWarning,
                     stacklevel=3,
                 )
+                continue
+            for adapter in group.separate:
+                if adapter.key + mark not in served:
+                    warnings.warn(
+                        f"adapt: {adapter.key!r} is for call sites that are not in this call, so "
+                        "it has no effect here; explain shows the call sites, and what they are "
+                        "served by",
+                        UnreadTargetWarning,
+                        stacklevel=3,
+                    )

@@ -92,8 +92,9 @@ class LoraConfig:
         fan_in_fan_out: PEFT's word for kernels stored as [in, out], as GPT-2's are in PyTorch;
             kept for PEFT. Nothing here depends on it: the model says which axis is which.
         modules_to_save: Names of modules to train in full, as a copy of the weight: one for all
-            members of a tie group, unless `ensure_weight_tying` is False. A list, never a regex.
-            Default None.
+            members of a tie group, unless `ensure_weight_tying` is False. A list, never a regex; a
+            name means every module whose path ends with it, so that ``"norm"`` is
+            ``"input_layernorm"``, too. Default None.
         trainable_token_indices: Token ids whose rows are trained, and no others: a list, for the
             input embedding; or a dict from a table's name to its list. Default None.
         ensure_weight_tying: Adapters of tied weights. None (default) ties what is tied and says

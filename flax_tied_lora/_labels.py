@@ -10,9 +10,8 @@ import jax
 
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._config_checks import pattern_value
-from flax_tied_lora._paths import layer_index, leaf_name, module_of, nearby
+from flax_tied_lora._paths import layer_index, module_of, nearby
 from flax_tied_lora._plan import LORA, AdapterPlan, GroupPlan, Plan
-from flax_tied_lora._sites import LOOKUP, PROJECTION
 
 # A table's projection sums over its columns: what is next to the inputs then is lora_b.
 _SWAPPED = {"lora_a": "lora_b", "lora_b": "lora_a"}
@@ -123,18 +122,7 @@ def what_it_is(group: GroupPlan, adapter: AdapterPlan, name: str) -> str:
         return adapter.kind
     if name not in _SWAPPED or not group.is_table:
         return name
-    return _SWAPPED[name] if _is_head(group, adapter) else "embedding"
-
-
-def _is_head(group: GroupPlan, adapter: AdapterPlan) -> bool:
-    """Returns whether a table's adapter is for projections alone: to PEFT, that of a Linear."""
-    sites = adapter.sites
-    if sites is not None and sites.role is not None:
-        return sites.role == PROJECTION
-    if sites is not None and sites.others:
-        return all(other.role == LOOKUP for other in sites.others)
-    own = [m for m in group.members if m.path in adapter.members]
-    return bool(own) and all(m.transposed or leaf_name(m.path) == "kernel" for m in own)
+    return _SWAPPED[name] if group.is_head(adapter) else "embedding"
 
 
 def _check_rules(rules: Any, default: Any) -> None:

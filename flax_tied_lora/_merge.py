@@ -71,8 +71,9 @@ def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | Non
         partly lost in rounding: a merge to float32 keeps it.
       untie: for a leaf with separate adapters, which one array cannot hold: name of the part ->
         path of the leaf that the part gets for its own, for example
-        ``{"lm_head": "lm_head/kernel"}``. A new leaf called ``kernel`` is the transpose of a table.
-        The model's config must then say untied, too (``tie_word_embeddings=False``).
+        ``{"lm_head": "lm_head/kernel"}``. A new leaf called ``kernel`` is the transpose of a table;
+        it has no box. The model's config must then say untied, too
+        (``tie_word_embeddings=False``).
 
     Raises:
       TypeError: not an `Adapted`; ``dtype`` is not floating point; ``untie`` is no dict.

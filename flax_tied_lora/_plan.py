@@ -12,7 +12,7 @@ from typing import Any
 from flax_tied_lora._config import LoraConfig
 from flax_tied_lora._evaluate import LeafInfo
 from flax_tied_lora._factor import RANK
-from flax_tied_lora._sites import PROJECTION, SiteFilter
+from flax_tied_lora._sites import LOOKUP, PROJECTION, SiteFilter
 from flax_tied_lora._tie_sources import is_table
 from flax_tied_lora._ties import Member, TieGroup
 
@@ -71,7 +71,7 @@ class AdapterPlan:
         if self.kind == LORA:
             what = f"{'DoRA' if self.dora else 'LoRA'}, rank {self.rank}"
         elif self.kind == TRAINABLE_TOKENS:
-            what = f"{len(self.tokens)} rows"
+            what = f"{len(self.tokens)} row" + "s" * (len(self.tokens) > 1)
         else:
             what = {MODULES_TO_SAVE: "full copy", BIAS: "bias"}[self.kind]
         return f"{what} ({self.name} only)" if self.name else what
@@ -120,8 +120,11 @@ class GroupPlan:
     def is_head(self, adapter: AdapterPlan) -> bool:
         """Whether an adapter is for a table's projections only."""
         if adapter.sites is not None:
-            return adapter.sites.role == PROJECTION
-        return bool(adapter.members) and not any(is_table(p) for p in adapter.members)
+            others = adapter.sites.others
+            left = bool(others) and all(other.role == LOOKUP for other in others)
+            return left or adapter.sites.role == PROJECTION
+        own = [m for m in self.members if m.path in adapter.members]
+        return bool(own) and all(m.transposed or not is_table(m.path) for m in own)
 
     def axes(self, adapter: AdapterPlan) -> dict[str, tuple[Any, ...]]:
         """For each array of an adapter, the leaf axis that each of its axes is, or `RANK`.

@@ -181,8 +181,17 @@ def with_batch(reads: Iterable[Read], ndims: Mapping[str, int]) -> tuple[Read, .
 
 
 def module_path(scope: str) -> str:
-    """Returns a scope without methods: ``Model/embed.attend`` is in ``Model/embed``."""
-    return "/".join(part.partition(".")[0] for part in scope.split("/"))
+    """Returns a scope without methods: ``Model/embed.attend`` is in ``Model/embed``.
+
+    A method that a module calls of itself is on the name stack once more: ``Model/Model.encode``
+    is in ``Model``, as ``Model.encode`` is.
+    """
+    parts: list[str] = []
+    for part in scope.split("/"):
+        module, method, _ = part.partition(".")
+        if not (method and parts and parts[-1] == module):
+            parts.append(module)
+    return "/".join(parts)
 
 
 # Marks that transformations leave on a name stack around or between the modules' names.

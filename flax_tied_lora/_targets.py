@@ -11,7 +11,15 @@ from flax_tied_lora._axes import SITES_LINE
 from flax_tied_lora._config import LoraConfig
 from flax_tied_lora._config_checks import as_tuple, pattern_value
 from flax_tied_lora._hits import Hit, Hits, adaptable, excluded
-from flax_tied_lora._paths import describe, layer_index, leaf_name, matches, module_of, nearby
+from flax_tied_lora._paths import (
+    describe,
+    dotted,
+    layer_index,
+    leaf_name,
+    matches,
+    module_of,
+    nearby,
+)
 from flax_tied_lora._sites import LOOKUP, OTHER, PROJECTION, CallSites, Role, module_path
 from flax_tied_lora._tie_sources import TieGroup
 
@@ -98,12 +106,13 @@ def named_parts(
     """
     by_leaf = {path: group for group in groups for path in group.paths}
     hits: dict[str, list[Hit]] = {}
+    inside = field == "modules_to_save"
     for path in leaves:
-        module = _named_ancestor(name, path)
+        module = _named_ancestor(name, path, inside)
         if module:
             hits.setdefault(by_leaf[path].key, []).append(Hit(name, module, leaf=path))
     for site in sites or ():
-        scope = _named_ancestor(name, module_path(site.scope))
+        scope = _named_ancestor(name, module_path(site.scope), inside)
         if scope and site.leaf in by_leaf and site.role != OTHER:
             key = by_leaf[site.leaf].key
             if key not in hits or all(h.scope for h in hits[key]):
@@ -115,9 +124,16 @@ def named_parts(
     return {key: tuple(dict.fromkeys(found)) for key, found in hits.items()}
 
 
-def _named_ancestor(name: str, path: str) -> str:
-    """Returns the path, or the module around it, that a name means; "" if none is."""
+def _named_ancestor(name: str, path: str, inside: bool) -> str:
+    """Returns the path, or the module around it, that a name means; "" if none is.
+
+    Args:
+      inside: whether a name may begin inside of a part, as in ``modules_to_save``: to
+        ``peft.utils.other._set_trainable`` "norm" means every "input_layernorm", too.
+    """
     while path and matches((name,), path) is None:
+        if inside and dotted(path).endswith(dotted(name)):
+            break
         path = module_of(path)
     return path
 

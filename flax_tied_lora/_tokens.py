@@ -99,9 +99,15 @@ def tokens_of(
         return {key: [(Part(own), tuple(wanted or ()))] for key, own in hits.items()}
     by_key, found = {g.key: g for g in groups}, {}
     for key, own in hits.items():
+        names = {h: next((n for n in wanted if matches((n,), h.target)), None) for h in own}
+        # PEFT ties modules that the config does not name to one that it does: BART's encoder and
+        # decoder to "shared". What is named comes first, and gives its part the name.
+        own = tuple(sorted(own, key=lambda h: names[h] is None))
+        lookup = {h: _is_lookup(h, by_key[key], sites) for h in own}
         rows: dict[str, tuple[int, ...]] = {}
         for hit in own:
-            name = next((n for n in wanted if matches((n,), hit.target)), None)
+            alike = (names[h] for h in own if lookup[h] == lookup[hit] and names[h] is not None)
+            name = names[hit] or next(alike, None)
             if name is None:
                 raise ValueError(
                     f"{_FIELD} has no rows for {hit.target!r}, found {', '.join(map(repr, wanted))}"

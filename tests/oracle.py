@@ -19,8 +19,9 @@ import flax_tied_lora as tied_lora
 
 # Relative to the largest entry of the array compared, or 1.
 FLOAT32_TOLERANCE = 2e-5
-# In units of bfloat16's rounding: what an adapted error may have beyond twice the merged one's.
-BFLOAT16_FLOOR = 2.0
+# In units of bfloat16's rounding: what an adapted error may have beyond twice the merged one's. A
+# gradient of data is a sum of two rounded parts, the weight's and the delta's, each larger than it.
+BFLOAT16_FLOOR = 3.0
 _EPS = float(jnp.finfo(jnp.bfloat16).eps)
 
 _SCALING = 1.5
