@@ -87,7 +87,7 @@ def resolve(
             f"wrap: {target!r} in target_modules names no leaf, module or call site; nearby: "
             f"{', '.join(map(repr, nearby(target, _modules(leaves))))}",
             UnmatchedTargetWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
     return found | {key: tuple(dict.fromkeys(named)) for key, named in hits.items()}
 
@@ -169,7 +169,7 @@ def warn_of_unused_patterns(config: LoraConfig, hits: Hits) -> None:
                     f"wrap: {pattern!r} in {field} is for no module that is adapted; these are: "
                     f"{', '.join(map(repr, nearby(pattern, modules)))}",
                     UnmatchedTargetWarning,
-                    stacklevel=3,
+                    stacklevel=6,
                 )
 
 

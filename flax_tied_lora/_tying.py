@@ -176,4 +176,4 @@ def check_flag(
 
 
 def _warn(flag: bool, problem: str) -> None:
-    warnings.warn(f"wrap: {_FLAG}={flag}, and {problem}", WeightTyingWarning, stacklevel=4)
+    warnings.warn(f"wrap: {_FLAG}={flag}, and {problem}", WeightTyingWarning, stacklevel=7)

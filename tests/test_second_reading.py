@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import SiteFilter
-from tests.small_models import TOKENS, VOCAB, WIDTH, init, wrapped
+from tests.small_models import TOKENS, VOCAB, WIDTH, TiedLM, init, wrapped
 
 OTHERS = np.array([[7, 8, 1], [2, 2, 9]], np.int32)
 
@@ -92,3 +94,22 @@ def test_modules_to_save_means_every_module_that_ends_so():
     assert set(adapted.adapters["modules_to_save"]) == expected
     with pytest.raises(ValueError, match="modules_to_save='form' names no leaf"):
         tied_lora.wrap(params, tied_lora.LoraConfig(modules_to_save=["form"]))
+
+
+def test_warnings_show_the_line_that_wraps():
+    """A warning of `wrap` names the caller's file, and the collector runs again afterwards."""
+    params = init(TiedLM())
+    sites = tied_lora.trace(TiedLM().apply, {"params": params}, TOKENS)
+    cases = [
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": False},
+        {"target_modules": ["up", "nothing"]},
+        {"target_modules": ["up"], "rank_pattern": {"nothing": 3}},
+    ]
+    for fields in cases:
+        config = tied_lora.LoraConfig(r=2, **fields)
+        with pytest.warns(
+            (tied_lora.UnmatchedTargetWarning, tied_lora.WeightTyingWarning)
+        ) as caught:
+            tied_lora.wrap(params, config, sites=sites)
+        assert [w.filename for w in caught] == [__file__]
+    assert gc.isenabled()
