@@ -67,7 +67,7 @@ def from_weight(
         if iterations is None:
             u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
         else:
-            u, s, vh = _svd_lowrank(matrix, rank, int(iterations[1]), rng)
+            u, s, vh = svd_lowrank(matrix, rank, int(iterations[1]), rng)
         root = jnp.sqrt(s[:rank] / scaling)
         a, b = u[:, :rank] * root[None, :], root[:, None] * vh[:rank]
     residual = matrix - scaling * _product(a, b)
@@ -130,7 +130,7 @@ def _olora(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     return r.T, q.T
 
 
-def _svd_lowrank(
+def svd_lowrank(
     matrix: jax.Array, rank: int, iterations: int, rng: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns an approximate u, s, vh of a rank: algorithm 5.1 of Halko et al. (arXiv:0909.4061).

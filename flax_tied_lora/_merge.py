@@ -100,7 +100,7 @@ def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | Non
             merged[group.key] = weights[group.key].replace(dtype=kind).dense()
             continue
         own = {m.path for m in group.members}
-        for path, array in _untied(group, weights, left, kind).items():
+        for path, array in untied_leaves(group, weights, left, kind).items():
             if path in new or (path in leaves and path not in own):
                 raise ValueError(
                     f"merge: untie puts a new leaf at {path!r}, where another leaf is in the way; "
@@ -115,7 +115,7 @@ def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | Non
     return _with_leaves(plain(adapted, merged), new)
 
 
-def _untied(
+def untied_leaves(
     group: GroupPlan, weights: Mapping[str, Weight], untie: dict[str, str], dtype: Any
 ) -> dict[str, Any]:
     """Returns the arrays of a group with separate adapters by path, and takes its names out.

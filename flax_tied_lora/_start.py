@@ -46,14 +46,14 @@ def start_from_weights(
         box, leaf = leaves[group.key], unboxed(leaves[group.key])
         a, b, residual = _start(str(how), group, adapter, leaf, scalings[adapter.key], key)
         own = dict(lora[adapter.key])
-        own["lora_a"], own["lora_b"] = _in_place(own["lora_a"], a), _in_place(own["lora_b"], b)
+        own["lora_a"], own["lora_b"] = in_place(own["lora_a"], a), in_place(own["lora_b"], b)
         lora[adapter.key] = own
         if adapter.residual:
-            leaves[group.key] = _in_place(box, residual)
+            leaves[group.key] = in_place(box, residual)
     return {**adapters, LORA: lora}, leaves
 
 
-def _in_place(old: Any, array: jax.Array) -> Any:
+def in_place(old: Any, array: jax.Array) -> Any:
     """Returns an array boxed and placed as the one that it comes in the place of."""
     sharding = getattr(unboxed(old), "sharding", None)
     if isinstance(sharding, jax.NamedSharding) and not is_tracer(array):

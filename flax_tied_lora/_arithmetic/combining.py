@@ -27,7 +27,7 @@ from flax_tied_lora._factors import DTYPE, unboxed
 from flax_tied_lora._merge import check_adapted
 from flax_tied_lora._paths import flatten, is_tracer
 from flax_tied_lora._plan import LORA, AdapterPlan, GroupPlan, Plan
-from flax_tied_lora._start import _in_place
+from flax_tied_lora._start import in_place
 from flax_tied_lora._targets import ALL_LINEAR
 
 _HOW = ("linear", "cat", "svd")
@@ -251,7 +251,7 @@ def _factors(
             left, right = compressed(whole(left), whole(right), adapter.rank)
     shapes, first = group.shapes(adapter), parts[0].pair
     return {
-        name: _in_place(
+        name: in_place(
             first[name], jnp.asarray(x).reshape(shapes[name]).astype(unboxed(first[name]).dtype)
         )
         for name, x in (("lora_a", left), ("lora_b", right))

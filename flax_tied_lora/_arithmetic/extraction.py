@@ -20,7 +20,7 @@ from flax_tied_lora._init import reads_weight
 from flax_tied_lora._paths import describe, flatten, is_marker, is_tracer
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._sites import CallSites
-from flax_tied_lora._start import _in_place
+from flax_tied_lora._start import in_place
 from flax_tied_lora._ties import Member
 from flax_tied_lora._wrap import wrap
 
@@ -95,7 +95,7 @@ def extract(
                 for adapter in own:
                     old = adapters[adapter.kind][adapter.key]
                     adapters[adapter.kind][adapter.key] = jax.tree.map(
-                        _in_place, old, found[adapter.kind], is_leaf=_is_box
+                        in_place, old, found[adapter.kind], is_leaf=_is_box
                     )
                     errors[adapter.key] = error
                 if rest is not None:

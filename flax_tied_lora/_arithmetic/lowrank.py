@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from flax_tied_lora._init import _svd_lowrank
+from flax_tied_lora._init import svd_lowrank
 from flax_tied_lora._paths import is_tracer
 
 # Up to this many rows or columns, on the shorter side, a matrix is decomposed as it is: a table of
@@ -88,7 +88,7 @@ def nearest(
         if exact:
             u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
         else:
-            u, s, vh = _svd_lowrank(matrix, rank + _MORE, _PASSES, rng)
+            u, s, vh = svd_lowrank(matrix, rank + _MORE, _PASSES, rng)
         root = jnp.sqrt(s[:rank])
         a, b = u[:, :rank] * root[None, :], root[:, None] * vh[:rank]
         return a, b, jnp.sum(jnp.square(matrix - _product(a, b))), jnp.sum(jnp.square(matrix))

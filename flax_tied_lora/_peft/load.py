@@ -22,6 +22,7 @@ from flax_tied_lora._peft.save import all_slots
 from flax_tied_lora._peft.slots import PREFIX, Slot, modules_of
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, Plan
 from flax_tied_lora._sites import CallSites
+from flax_tied_lora._start import in_place
 from flax_tied_lora._ties import ties_among
 from flax_tied_lora._wrap import wrap_as
 
@@ -143,16 +144,10 @@ def _filled(files: AdapterFiles, adapted: Adapted, content: Content, names: Name
         old = adapters[kind][key]
         new = arrays.get("", arrays)
         adapters[kind][key] = jax.tree.map(
-            _placed_like, old, new, is_leaf=lambda x: hasattr(x, "unbox") or hasattr(x, "shape")
-        )
+            lambda a, b: in_place(a, jnp.asarray(b)), old, new,
+            is_leaf=lambda x: hasattr(x, "unbox") or hasattr(x, "shape"),
+        )  # fmt: skip
     return adapted.replace(adapters=adapters)
-
-
-def _placed_like(old: Any, array: np.ndarray) -> Any:
-    sharding = getattr(unboxed(old), "sharding", None)
-    placed = isinstance(sharding, jax.NamedSharding)
-    new = jax.device_put(array, sharding) if placed else jnp.asarray(array)
-    return old.replace_boxed(new) if hasattr(old, "replace_boxed") else new
 
 
 def _in_file(placed: Placed, content: Content) -> Placed:

@@ -16,7 +16,7 @@ from jax import lax
 
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._factor import Factor
-from flax_tied_lora._merge import _untied, merge
+from flax_tied_lora._merge import merge, untied_leaves
 from flax_tied_lora._names.layout import TorchWeight, to_torch_array
 from flax_tied_lora._paths import flatten, is_marker, is_tracer
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, GroupPlan, Plan
@@ -163,7 +163,9 @@ class _Merged:
 
     def _parts(self, group: GroupPlan) -> dict[str, Any]:
         weights = self._weights(group, False)
-        return _untied(group, weights, dict(self.untie), self.dtype or weights[group.key].dtype)
+        return untied_leaves(
+            group, weights, dict(self.untie), self.dtype or weights[group.key].dtype
+        )
 
 
 def _plain(leaf: Any, dtype: np.dtype | None, one: Any, transposed: bool = False) -> Leaf:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import transformers
 
 # Three widths make a vocabulary: a fused q, k, v kernel then has the table's shape.
@@ -300,3 +301,16 @@ def random_weights(shapes: Any) -> Any:
         return jnp.asarray(around + 0.15 * rng.standard_normal(leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, jax.tree.map(lambda x: x, dict(shapes)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clip_of_old_jax():
+    """Gives ``jnp.clip`` its old names ``a_min`` and ``a_max``, by which Flax T5 calls it."""
+    clip = jnp.clip
+
+    def with_old_names(x: Any, *bounds: Any, a_min: Any = None, a_max: Any = None) -> Any:
+        return clip(x, *bounds) if bounds else clip(x, min=a_min, max=a_max)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jnp, "clip", with_old_names)
+        yield

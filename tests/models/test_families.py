@@ -16,24 +16,12 @@ from flax import traverse_util
 import flax_tied_lora as tied_lora
 from flax_tied_lora import TiedLeaf
 from tests.models.families import FAMILIES, LABELS, TOKENS, WIDTH, Case, build
+from tests.models.families import clip_of_old_jax as clip_of_old_jax
 
 pytestmark = pytest.mark.models
 RANK = 3
 # Quickly rather than well: each program runs once or twice.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def clip_of_old_jax():
-    """Gives ``jnp.clip`` its old names ``a_min`` and ``a_max``, by which Flax T5 calls it."""
-    clip = jnp.clip
-
-    def with_old_names(x: Any, *bounds: Any, a_min: Any = None, a_max: Any = None) -> Any:
-        return clip(x, *bounds) if bounds else clip(x, min=a_min, max=a_max)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jnp, "clip", with_old_names)
-        yield
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from flax import traverse_util
 
 from flax_tied_lora.names import from_state_dict, names_of, to_state_dict
 from tests.models.families import FAMILIES, TOKENS
+from tests.models.families import clip_of_old_jax as clip_of_old_jax
 from tests.name_tables import TUNIX, tunix_names
 
 MAPPED = (
@@ -53,19 +53,6 @@ OTHERS = (
     ("bart", "BartForSequenceClassification", {}),
     ("bart", "BartForQuestionAnswering", {}),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def clip_of_old_jax():
-    """Gives ``jnp.clip`` its old names ``a_min`` and ``a_max``, by which Flax T5 calls it."""
-    clip = jnp.clip
-
-    def with_old_names(x: Any, *bounds: Any, a_min: Any = None, a_max: Any = None) -> Any:
-        return clip(x, *bounds) if bounds else clip(x, min=a_min, max=a_max)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jnp, "clip", with_old_names)
-        yield
 
 
 def config_of(name: str, **fields: Any) -> Any:
