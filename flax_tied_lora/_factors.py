@@ -17,6 +17,7 @@ from flax.core import meta
 from flax_tied_lora._factor import RANK, take
 from flax_tied_lora._paths import describe, is_tracer, path_name
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan, Plan
+from flax_tied_lora._quantized_array import array_of, is_quantized
 
 DTYPE = jnp.float32
 
@@ -78,7 +79,7 @@ def make_adapters(
         for name, shape in group.shapes(adapter).items():
             sharding = _sharding(leaf, group.axes(adapter)[name])
             where = adapter.kind, adapter.key, name
-            if isinstance(leaf, jax.ShapeDtypeStruct):
+            if isinstance(array_of(leaf), jax.ShapeDtypeStruct):
                 found[where] = jax.ShapeDtypeStruct(shape, DTYPE, sharding=sharding)
             elif name in ("lora_a", "lora_b"):
                 kind = _Kind(shape, *_init(plan, group, adapter, name), sharding)
@@ -105,7 +106,8 @@ def _from_leaf(group: GroupPlan, adapter: AdapterPlan, leaf: Any, sharding: Any)
     """Returns the first values of what stands in for a leaf, or for a part of it."""
 
     def make(array: Any) -> Any:
-        array = jnp.asarray(array).astype(DTYPE)
+        array = array.dequantize() if is_quantized(array) else jnp.asarray(array)
+        array = array.astype(DTYPE)
         if adapter.kind == LORA:
             order = [i for i in range(array.ndim) if i not in group.rows]
             norms = jnp.sqrt(jnp.sum(jnp.square(array), axis=group.rows))
@@ -115,7 +117,7 @@ def _from_leaf(group: GroupPlan, adapter: AdapterPlan, leaf: Any, sharding: Any)
             return jnp.moveaxis(take(array, jnp.asarray(adapter.tokens), axis), axis, 0)
         return jnp.copy(array)  # trained, and donated: never the frozen leaf itself
 
-    return make(leaf) if is_tracer(leaf) else jax.jit(make, out_shardings=sharding)(leaf)
+    return make(leaf) if is_tracer(array_of(leaf)) else jax.jit(make, out_shardings=sharding)(leaf)
 
 
 def _init(plan: Plan, group: GroupPlan, adapter: AdapterPlan, name: str) -> tuple[str, float]:
@@ -178,6 +180,7 @@ def _compiled(kind: _Kind, stacked: bool) -> Any:
 
 def _sharding(leaf: Any, axes: Sequence[Any]) -> Any:
     """Returns a factor's sharding: that of its leaf, axis by axis; None where there is none."""
+    leaf = array_of(leaf)
     sharding = None if is_tracer(leaf) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, jax.NamedSharding):
         return None

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._paths import flatten, leaf_name
 from flax_tied_lora._plan import GroupPlan
+from flax_tied_lora._quantized_array import is_quantized
 from flax_tied_lora._sites import SiteFilter
 from flax_tied_lora._targets import ROLES
 from flax_tied_lora._weight import Weight
@@ -22,15 +23,27 @@ def plain(adapted: Adapted, arrays: Mapping[str, Any]) -> Any:
 
     Args:
       arrays: leaves by path. A member of a tie group that is not among them is its canonical leaf,
-        the same array where it is stored as such, a transpose otherwise.
+        the same array where it is stored as such, a transpose otherwise. Other leaves that are
+        stored quantised are dequantised.
     """
     leaves, treedef = flatten(adapted.params)
+    arrays = {**_dequantized({p: x for p, x in leaves.items() if p not in arrays}), **arrays}
     for group in adapted.plan.groups:
         for member in group.members[1:]:
             canonical = arrays.get(group.key, leaves[group.key])
             if member.path not in arrays:
                 leaves[member.path] = _transposed(canonical) if member.transposed else canonical
     return jax.tree.unflatten(treedef, [arrays.get(p, x) for p, x in leaves.items()])
+
+
+def _dequantized(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the quantised ones of some leaves as arrays, what is shared as one array."""
+    made: dict[int, Any] = {}
+    stored = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
+    for leaf in stored.values():
+        if id(leaf) not in made:
+            made[id(leaf)] = leaf.dequantize()
+    return {path: made[id(leaf)] for path, leaf in stored.items()}
 
 
 def _transposed(leaf: Any) -> Any:
@@ -43,7 +56,7 @@ def base(adapted: Adapted) -> Any:
     """Returns the unadapted params, for example for a reference model.
 
     Nothing is copied but the transposed members of tie groups, which outside `jax.jit` are
-    transposed copies.
+    transposed copies, and what is stored quantised, which is dequantised.
 
     Raises:
       TypeError: not an `Adapted`.

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from flax_tied_lora._quantized_array import is_quantized
+
 # What a box (`nn.Partitioned`, `nnx.Variable`) calls the array it holds; not part of a leaf's name.
 _BOX_FIELDS = frozenset({"value", "raw_value"})
 
@@ -42,6 +44,11 @@ def is_marker(node: Any) -> bool:
     return isinstance(node, TiedLeaf)
 
 
+def is_leaf(node: Any) -> bool:
+    """Returns whether a node of the params counts as a leaf, whatever it holds."""
+    return is_marker(node) or is_quantized(node)
+
+
 def path_name(path: Sequence[Any]) -> str:
     """Returns the name of a key path: its entries joined by ``/``, without the boxes' fields.
 
@@ -69,12 +76,13 @@ def _entry_name(entry: Any) -> str:
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """Returns ``{leaf path: leaf}`` in flattening order, and the tree's structure.
 
-    Markers count as leaves, so that what was taken out can be put back.
+    Markers count as leaves, so that what was taken out can be put back, and so does what is stored
+    quantised.
 
     Raises:
       ValueError: two leaves have the same path.
     """
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_marker)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     leaves: dict[str, Any] = {}
     for path, leaf in pairs:
         name = path_name(path)

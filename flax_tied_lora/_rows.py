@@ -24,6 +24,8 @@ from flax_tied_lora._factor import (
     pytree,
     take,
 )
+from flax_tied_lora._quantized import rows as quantized_rows
+from flax_tied_lora._quantized_array import is_quantized
 from flax_tied_lora._sites import SiteFilter
 from flax_tied_lora._weight import Term
 
@@ -50,7 +52,7 @@ class Rows(Term):
 
     @classmethod
     def replacing(
-        cls, tokens: Sequence[int], rows: Array, table: Array, axis: int, group: str,
+        cls, tokens: Sequence[int], rows: Array, table: Any, axis: int, group: str,
         sites: SiteFilter | None,
     ) -> Rows:  # fmt: skip
         """Returns the term that makes some rows of a table other ones.
@@ -58,13 +60,14 @@ class Rows(Term):
         Args:
           tokens: the numbers of the rows.
           rows: what they become, [len(tokens), columns...].
-          table: the frozen table.
+          table: the frozen table, quantised or not.
           axis: of its rows.
         """
         cols = [i for i in range(table.ndim) if i != axis]
         wide = accumulator(rows.dtype, table.dtype)
         ids = jnp.asarray(tokens, jnp.int32)
-        frozen = lax.convert_element_type(take(table, ids, axis), wide)
+        pick = quantized_rows if is_quantized(table) else take
+        frozen = lax.convert_element_type(pick(table, ids, axis), wide)
         frozen = Factor(frozen, tuple(RANK if i == axis else i for i in range(table.ndim)))
         values = lax.convert_element_type(rows, wide) - frozen.ordered((RANK, *cols)).array
         slots = jnp.zeros(table.shape[axis], jnp.int32)

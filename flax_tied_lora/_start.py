@@ -14,6 +14,7 @@ from flax_tied_lora._factors import key_number, unboxed
 from flax_tied_lora._init import from_weight, orthogonal
 from flax_tied_lora._paths import is_tracer
 from flax_tied_lora._plan import LORA, AdapterPlan, GroupPlan, Plan
+from flax_tied_lora._quantized_array import is_quantized
 
 
 def start_from_weights(
@@ -29,7 +30,7 @@ def start_from_weights(
       rng: each adapter's key is folded into it.
 
     Raises:
-      TypeError, ValueError: as `_init.from_weight`.
+      TypeError, ValueError: as `_init.from_weight`; or the weight is stored quantised.
     """
     how = plan.config.init_lora_weights
     # Tables start as ever: PEFT's embeddings know no other initialisation.
@@ -40,6 +41,13 @@ def start_from_weights(
     ]  # fmt: skip
     if not chosen:
         return adapters, leaves
+    for group, adapter in chosen:
+        if adapter.residual and is_quantized(unboxed(leaves[group.key])):
+            raise ValueError(
+                f"wrap: init_lora_weights={how!r} takes the first values of the factors out of "
+                f"{group.key!r}, which is stored quantised; wrap the floating-point params, then "
+                "quantize(adapted)"
+            )
     leaves, lora = dict(leaves), dict(adapters[LORA])
     for group, adapter in chosen:
         key = jax.random.fold_in(rng, key_number(f"{adapter.key}/start"))

@@ -19,6 +19,7 @@ from flax_tied_lora._paths import (
     module_of,
     nearby,
 )
+from flax_tied_lora._quantized_array import QuantizedArray
 
 SAME_ARRAY = "same array"
 DECLARED = "declared"
@@ -81,7 +82,7 @@ def is_table(path: str) -> bool:
 def same_arrays(leaves: Mapping[str, Any]) -> list[list[str]]:
     by_identity: dict[int, list[str]] = {}
     for path, leaf in leaves.items():
-        if isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim:
+        if isinstance(leaf, jax.Array | np.ndarray | QuantizedArray) and leaf.ndim:
             by_identity.setdefault(id(leaf), []).append(path)
     return [paths for paths in by_identity.values() if len(paths) > 1]
 

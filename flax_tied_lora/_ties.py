@@ -10,6 +10,7 @@ import jax
 from flax_tied_lora._paths import (
     flatten,
 )
+from flax_tied_lora._quantized_array import array_of
 from flax_tied_lora._sites import LOOKUP, CallSites
 from flax_tied_lora._tie_sources import (
     CONFIG,
@@ -135,7 +136,7 @@ class _Links:
         def rank(path: str) -> tuple[bool, bool, bool]:
             looked_up = any(s.role == LOOKUP for s in reads.get(path, ()))
             return (
-                isinstance(self.leaves[path], jax.ShapeDtypeStruct),
+                isinstance(array_of(self.leaves[path]), jax.ShapeDtypeStruct),
                 not looked_up,
                 not is_table(path),
             )

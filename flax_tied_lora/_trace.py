@@ -13,6 +13,7 @@ import numpy as np
 from flax_tied_lora._calls import Calls, filling
 from flax_tied_lora._evaluate import Context, evaluate
 from flax_tied_lora._paths import path_name
+from flax_tied_lora._quantized_array import is_quantized
 from flax_tied_lora._sites import CallSites, numbered, with_batch
 from flax_tied_lora._weight import Dense, Origin, Weight
 
@@ -39,7 +40,7 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
       sites |= tied_lora.trace(model.apply, {"params": params}, tokens, method=model.encode)
       adapted = tied_lora.wrap(params, config, sites=sites)
     """
-    places, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    places, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_quantized)
     names = _parameter_names([path for path, _ in places], [leaf for _, leaf in places])
     leaves = [leaf for _, leaf in places]
     if not any(names):
@@ -75,11 +76,14 @@ def _abstract(leaf: Any) -> bool:
 
 
 def _shape(leaf: Any) -> Any:
+    if is_quantized(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return leaf if _abstract(leaf) else jax.typeof(leaf)
 
 
 def _is_parameter(leaf: Any) -> bool:
-    if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+    known = isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    if not known and not is_quantized(leaf):
         return False
     return len(leaf.shape) > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
 

@@ -36,11 +36,13 @@ class Term(abc.ABC):
     Attributes:
       whole: whether the term is an array of the weight's shape as it stands, so that adding it up
         costs nothing and is nothing to report.
+      stored: whether the term is a frozen weight in another form than that of an array.
       group: key of the adapter that the term belongs to; "" for what is frozen.
       sites: the call sites that the term is for; None for all.
     """
 
     whole: ClassVar[bool] = False
+    stored: ClassVar[bool] = False
     group: str = ""
     sites: SiteFilter | None = None
 
@@ -226,7 +228,12 @@ class Weight:
         """Returns the dense terms added up, and the other terms. The scale must be folded.
 
         What is for some call sites only stays among the others.
+
+        Raises:
+          MixedAxesError: the frozen weight is no array, so that there is nothing to put deltas on.
         """
+        if any(t.stored for t in self.terms):
+            raise MixedAxesError
         dense = [t.array for t in self.terms if isinstance(t, Dense) and t.sites is None]
         others = tuple(t for t in self.terms if not isinstance(t, Dense) or t.sites is not None)
         return add(dense) if dense else jnp.zeros(self.shape, self.dtype), others

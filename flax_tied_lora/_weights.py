@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,9 @@ from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._factor import RANK, Cost, Factor, accumulator, contract
 from flax_tied_lora._factors import key_number, unboxed
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
+from flax_tied_lora._quantized import Quantized, frozen
+from flax_tied_lora._quantized_array import is_quantized
+from flax_tied_lora._quantized_product import product, squares
 from flax_tied_lora._rows import Rows
 from flax_tied_lora._sites import SiteFilter
 from flax_tied_lora._ties import Member
@@ -28,7 +31,8 @@ def weights_of(adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None) -
     """
     weights = {}
     for group in adapted.plan.adapted:
-        array = jnp.asarray(leaves[group.key])
+        leaf = leaves[group.key]
+        array = leaf if is_quantized(leaf) else jnp.asarray(leaf)
         terms, scale = {}, None
         for adapter in group.adapters:
             own = adapted.adapters[adapter.kind][adapter.key]
@@ -41,9 +45,26 @@ def weights_of(adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None) -
     return weights
 
 
+def quantized_weights(
+    adapted: Adapted, leaves: Mapping[str, Any], known: Collection[str] = ()
+) -> dict[str, Weight]:
+    """Returns the weights of leaves that are stored quantised and have no adapter, by leaf path.
+
+    Args:
+      leaves: the params, by path.
+      known: paths to leave out.
+    """
+    ties = {m.path: (group.key, m) for group in adapted.plan.groups for m in group.members}
+    weights = {}
+    for path in leaves:
+        key, member = ties.get(path, (path, Member(path)))
+        if path not in known and is_quantized(leaves[key]):
+            weights[path] = _member(member, leaves[key], {}, None)
+    return weights
+
+
 def _term(
-    adapted: Adapted, group: GroupPlan, adapter: AdapterPlan, own: Any, table: jax.Array,
-    dtype: Any,
+    adapted: Adapted, group: GroupPlan, adapter: AdapterPlan, own: Any, table: Any, dtype: Any,
 ) -> Term:  # fmt: skip
     """Returns an adapter as a term, in the layout of the group's canonical leaf."""
     if adapter.kind == TRAINABLE_TOKENS:
@@ -66,14 +87,14 @@ def _term(
 
 
 def _member(
-    member: Member, array: jax.Array, terms: Mapping[AdapterPlan, Term], scale: Factor | None
+    member: Member, array: Any, terms: Mapping[AdapterPlan, Term], scale: Factor | None
 ) -> Weight:
     own = [term for adapter, term in terms.items() if adapter.covers(member.path)]
     copies = [t for t in own if isinstance(t, Dense)]
     if all(t.sites is not None for t in copies):
         # Where a copy is for some call sites only, the frozen array is for the others.
         filters = tuple(t.sites for t in copies if t.sites is not None)
-        own = [Dense(array, sites=SiteFilter(others=filters) if filters else None), *own]
+        own = [frozen(array, SiteFilter(others=filters) if filters else None), *own]
     if member.transposed:
         own = [t.rearrange(_turned, _turned_factor) for t in own]
         scale = None if scale is None else _turned_factor(scale)
@@ -90,7 +111,7 @@ def _turned_factor(factor: Factor) -> Factor:
     return factor.relabel({0: 1, 1: 0}.__getitem__)
 
 
-def _dora_scale(array: jax.Array, delta: Term, magnitude: jax.Array, group: GroupPlan) -> Factor:
+def _dora_scale(array: Any, delta: Term, magnitude: jax.Array, group: GroupPlan) -> Factor:
     """Returns DoRA's scale: the magnitude over the norm of each column of weight and delta.
 
     The norm is a constant to differentiation (DoRA, arXiv:2402.09353, section 4.3; PEFT's
@@ -101,20 +122,18 @@ def _dora_scale(array: jax.Array, delta: Term, magnitude: jax.Array, group: Grou
     accumulate = accumulator(array.dtype)
     keep = (*group.batch, *group.cols)
     options: dict[str, Any] = {"accumulate": accumulate, "cost": Cost()}
-    w, a, b, scaling = jax.tree.map(
+    a, b, scaling = jax.tree.map(
         lax.stop_gradient,
-        (Factor(array, tuple(range(array.ndim))).astype(accumulate), delta.a.astype(accumulate),
-         delta.b.astype(accumulate), lax.convert_element_type(delta.scaling, accumulate)),
+        (delta.a.astype(accumulate), delta.b.astype(accumulate),
+         lax.convert_element_type(delta.scaling, accumulate)),
     )  # fmt: skip
-    squares = jnp.sum(jnp.square(w.array), axis=group.rows)
-    order = tuple(i for i in range(array.ndim) if i not in group.rows)
-    squares = Factor(squares, order).ordered(keep).array
+    squares, cross = _norms_and_product(array, a, keep, accumulate)
 
     def over_rank(first: Factor) -> jax.Array:
         product = contract(first, b, keep, **options).ordered(keep)
         return product.array
 
-    cross = over_rank(contract(w, a, (*keep, RANK), **options))
+    cross = over_rank(cross)
     other = Factor(a.array, tuple("rank of b" if n == RANK else n for n in a.axes))
     gram = contract(a, other, (*group.batch, RANK, "rank of b"), **options)
     second = Factor(b.array, tuple("rank of b" if n == RANK else n for n in b.axes))
@@ -123,6 +142,23 @@ def _dora_scale(array: jax.Array, delta: Term, magnitude: jax.Array, group: Grou
     # A column of zeros has no direction; PEFT makes it NaN.
     norm = jnp.where(norm > 0, norm, 1)
     return Factor(magnitude.astype(accumulate) / norm, keep)
+
+
+def _norms_and_product(
+    array: Any, a: Factor, keep: tuple[int, ...], accumulate: Any
+) -> tuple[jax.Array, Factor]:
+    """Returns the sum of a weight's squares over its rows, and its product with a factor."""
+    order = (*keep, RANK)
+    if is_quantized(array):
+        term = Quantized.of(array)
+        both = [squares(term, keep, accumulate)]
+        both.append(product(term, a.array, a.axes, order, dtype=array.dtype, accumulate=accumulate))
+        return jax.tree.map(lax.stop_gradient, (both[0], Factor(both[1], order)))
+    w = Factor(lax.stop_gradient(array), tuple(range(array.ndim))).astype(accumulate)
+    left = tuple(i for i in w.axes if i in keep)
+    rows = [i for i in w.axes if i not in keep]
+    summed = Factor(jnp.sum(jnp.square(w.array), axis=rows), left).ordered(keep).array
+    return summed, contract(w, a, order, accumulate=accumulate, cost=Cost())
 
 
 def shapes_of(adapted: Adapted) -> Sequence[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:

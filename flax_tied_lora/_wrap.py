@@ -16,6 +16,7 @@ from flax_tied_lora._factors import DTYPE, boxes_of, make_adapters, typed_key
 from flax_tied_lora._grouping import Named, plan_of
 from flax_tied_lora._paths import TiedLeaf, describe, flatten, is_marker
 from flax_tied_lora._plan import LORA, Plan
+from flax_tied_lora._quantized_array import array_of
 from flax_tied_lora._sites import CallSites
 from flax_tied_lora._start import start_from_weights
 from flax_tied_lora._ties import Member, TieGroup, ties_among
@@ -92,9 +93,7 @@ def wrap_as(
     plan = plan_of(config, leaves, groups, sites, says_untied(ties), named)
     scalings = {a.key: config.scaling_for(a.module) for _, a in plan.adapters(LORA)}
     adapters = make_adapters(plan, leaves, boxes_of(params), rng)
-    abstract = any(
-        isinstance(x, jax.ShapeDtypeStruct) for g in plan.adapted for x in [leaves[g.key]]
-    )
+    abstract = any(isinstance(array_of(leaves[g.key]), jax.ShapeDtypeStruct) for g in plan.adapted)
     if abstract:
         scaling = {key: jax.ShapeDtypeStruct((), DTYPE) for key in scalings}
     else:  # All in one go: one by one, ten thousand take a second.

@@ -275,7 +275,7 @@ def leaves(draw: Any) -> Leaf:
     """Draws a leaf: a tied table, a kernel of two axes, stacked or per-head kernels."""
     kind = draw(st.sampled_from(["tied", "tied", "kernel", "3", "3", "4"]))
     rank, dtype = draw(st.integers(1, 2)), draw(st.sampled_from(["float32", "float32", "bfloat16"]))
-    adapters = draw(st.sampled_from(["lora", "lora", "lora", "dora", "rows", "copy"]))
+    adapters = draw(st.sampled_from(["lora", "lora", "lora", "dora", "rows", "copy", "quantized"]))
     if kind == "tied":
         shape = draw(st.sampled_from([(6, 4), (8, 3), (4, 6)]))
         return Leaf(shape, dtype, rank, kind=adapters)

@@ -68,11 +68,13 @@ def wrapped(
       targets: as `LoraConfig.target_modules`.
       r: rank.
       seed: of the factors.
-      kind: of adapters: "lora", "dora", "rows" (factors, and rows 0 and 1 replaced) or "copy".
+      kind: of adapters: "lora", "dora", "rows" (factors, and rows 0 and 1 replaced) or "copy"; or
+        "quantized", factors on a base that is stored quantised.
       **options: passed to `wrap`.
     """
     fields: dict[str, Any] = {
         "lora": {},
+        "quantized": {},
         "dora": {"use_dora": True},
         "rows": {"trainable_token_indices": {name: [1, 0] for name in targets}},
         "copy": {"target_modules": None, "modules_to_save": targets},
@@ -87,8 +89,19 @@ def wrapped(
     adapted = tied_lora.wrap(shapes, config, **options)
     leaves = dict(jax.tree_util.tree_leaves_with_path(params))
     stored = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path], adapted.params)
+    if kind == "quantized":
+        stored = jax.tree.map(functools.partial(quantized, seed=seed), stored)
     scaling = jax.tree.map(lambda _: jnp.float32(_SCALING), adapted.scaling)
     return perturbed(adapted.replace(params=stored, scaling=scaling), seed)
+
+
+def quantized(leaf: jax.Array, seed: int = 0) -> Any:
+    """Returns a leaf in blocks of two along an even axis; where there is none, as it is."""
+    even = [axis for axis in reversed(range(leaf.ndim)) if leaf.shape[axis] % 2 == 0]
+    if not even or leaf.ndim < 2:
+        return leaf
+    qtype = ("int8", "nf4", "int4")[seed % 3]
+    return tied_lora.QuantizedArray.of(leaf, qtype, even[seed % len(even)], 2)
 
 
 def labelled(
@@ -146,9 +159,9 @@ def check(
 
     Compared are all array results, and the gradients of their sum, randomly weighted, with respect
     to every floating-point array there is: factors, scaling, frozen params (of the merged side
-    through `merge`) and arguments. A program with anything of lower precision than float32 in it is
-    judged by the same program in float32: the adapted error is at most twice the merged one, plus
-    two roundings of the largest entry.
+    through `merge`; not those stored quantised) and arguments. A program with anything of lower
+    precision than float32 in it is judged by the same program in float32: the adapted error is at
+    most twice the merged one, plus two roundings of the largest entry.
 
     Args:
       fn: called ``fn(params, *args)``.
@@ -185,7 +198,7 @@ def compare(
         adapted, args = jax.tree.map(_widened, (adapted, args))
         return same(tied_lora.merge(adapted), *args)
 
-    arrays, rest = _parted((adapted, args), lambda x: isinstance(x, jax.Array | np.ndarray))
+    arrays, rest = _parted((adapted, args), lambda _, x: isinstance(x, jax.Array | np.ndarray))
     paths = [served, merged] if exact else [served, merged, wide]
 
     def program(arrays: Any) -> list[Any]:
@@ -211,7 +224,7 @@ def compare(
 
 def _outcome(fn: Callable[..., Any], operands: Any, gradients: bool) -> dict[str, Any]:
     """Returns a function's array results, and the gradients of their weighted sum."""
-    floats, others = _parted(operands, _is_float)
+    floats, others = _parted(operands, _is_differentiated)
 
     def loss(floats: Any) -> tuple[jax.Array, list[Any]]:
         adapted, args = _joined(floats, others)
@@ -226,6 +239,10 @@ def _outcome(fn: Callable[..., Any], operands: Any, gradients: bool) -> dict[str
         return {"result": loss(floats)[1]}
     grads, outs = jax.grad(loss, has_aux=True)(floats)
     return {"result": outs, "gradient of": grads}
+
+
+def _is_differentiated(name: str, x: Any) -> bool:
+    return _is_float(x) and not name.endswith(".scales")  # a quantised array's
 
 
 def _is_float(x: Any) -> bool:
@@ -243,8 +260,8 @@ def _widened(x: Any) -> Any:
 def _parted(tree: Any, chosen: Callable[[Any], bool]) -> tuple[Any, tuple[list[Any], Any]]:
     """Returns the chosen leaves, by path, and what `_joined` needs to put them back."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    taken = {jax.tree_util.keystr(path): x for path, x in pairs if chosen(x)}
-    return taken, ([(jax.tree_util.keystr(path), x) for path, x in pairs], treedef)
+    named = [(jax.tree_util.keystr(path), x) for path, x in pairs]
+    return {name: x for name, x in named if chosen(name, x)}, (named, treedef)
 
 
 def _joined(taken: dict[str, Any], rest: tuple[list[Any], Any]) -> Any:

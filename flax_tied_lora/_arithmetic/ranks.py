@@ -18,6 +18,7 @@ from flax_tied_lora._config import LoraConfig
 from flax_tied_lora._factors import unboxed
 from flax_tied_lora._paths import flatten, is_marker, is_tracer
 from flax_tied_lora._plan import LORA, AdapterPlan, GroupPlan, Plan
+from flax_tied_lora._quantized_array import array_of
 from flax_tied_lora._weights import shapes_of
 
 
@@ -185,7 +186,8 @@ def same_base(what: str, first: Adapted, other: Adapted) -> None:
 
 
 def _readable(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_tracer(leaf) else leaf
+    traced = is_tracer(array_of(leaf))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if traced else leaf
 
 
 def check_single(what: str, adapted: Adapted) -> None:

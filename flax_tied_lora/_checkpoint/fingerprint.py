@@ -14,6 +14,7 @@ from jax import lax
 
 from flax_tied_lora._paths import flatten, is_marker
 from flax_tied_lora._plan import Plan
+from flax_tied_lora._quantized_array import array_of
 
 # Entries of each leaf that the fingerprint reads. A full fine-tune changes nearly every entry of a
 # leaf, and a merged adapter all of them: one of 256 suffices, and all leaves are read.
@@ -62,6 +63,7 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
 
 def raw(leaf: Any) -> Any:
     """Returns a leaf as an array of numbers: typed random keys as their data."""
+    leaf = array_of(leaf)
     if not hasattr(leaf, "dtype"):
         return np.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -24,7 +24,7 @@ from flax_tied_lora._weight import Dense, LowRank, Weight, add
 def gather(context, eqn, weight, indices):
     if not isinstance(weight, Weight) or isinstance(indices, Weight):
         return NotImplemented
-    if weight.scale is not None and eqn.params["fill_value"] not in (None, 0):
+    if weight.scale is not None and not _survives(eqn.params["fill_value"]):
         weight = weight.folded()  # what is filled in is not scaled
     dims = eqn.params["dimension_numbers"]
     batch = _batch_positions(eqn)
@@ -37,7 +37,7 @@ def gather(context, eqn, weight, indices):
         held[position] = (axis,)
     if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         for term in weight.terms:
-            if not term.whole and set(indexed) - set(_axes_of(term)):
+            if not (term.whole or term.stored) and set(indexed) - set(_axes_of(term)):
                 return NotImplemented  # the delta is constant there, and 0 where the index is out
     # Beside axes of which one entry is picked, a window over others is a choice of columns.
     rows = [a for a in indexed if a in dims.collapsed_slice_dims] or indexed
@@ -47,6 +47,11 @@ def gather(context, eqn, weight, indices):
         lambda factor: _gather_factor(factor, eqn, indices),
         held,
     )  # fmt: skip
+
+
+def _survives(fill: Any) -> bool:
+    """Returns whether a fill value is the same times any scale."""
+    return fill is None or fill == 0 or bool(fill != fill)
 
 
 def _axes_of(term: Any) -> set[Any]:
@@ -113,7 +118,8 @@ def _pick(
             )
             parts.append(cast.product(order, aval.shape, aval.dtype, cost))
         else:
-            parts.append(moved.dense(aval.shape, accumulate))
+            found = moved.dense(aval.shape, accumulate)
+            parts.append(_filled(found, eqn, weight, indexed, move) if term.stored else found)
     scale = None if weight.scale is None else move(weight.scale)
     if len(parts) == 1 and scale is None and not low_rank:
         return [lax.convert_element_type(parts[0], aval.dtype)]
@@ -122,6 +128,17 @@ def _pick(
         out *= scale.astype(accumulate).spread(order, aval.shape)
     read(cost)
     return [lax.convert_element_type(out, aval.dtype)]
+
+
+def _filled(array: Array, eqn: Any, weight: Weight, indexed: Sequence[int], move: Any) -> Array:
+    """Returns what was picked with the fill value where an index is out of bounds."""
+    if eqn.params.get("mode") != lax.GatherScatterMode.FILL_OR_DROP:
+        return array
+    shape = [weight.shape[a] for a in indexed]
+    inside = move(Factor(jnp.ones(shape, jnp.int8), tuple(indexed)))
+    fill = eqn.params["fill_value"]
+    fill = jnp.full(array.shape, jnp.nan if fill is None else fill, array.dtype)
+    return lax.select(inside.spread(range(array.ndim), array.shape) > 0, array, fill)
 
 
 def _batch_positions(eqn: Any) -> list[int]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora import _rows
+from flax_tied_lora import _quantized_product, _rows
 from flax_tied_lora._factor import (
     RANK,
     Axis,
@@ -22,6 +22,7 @@ from flax_tied_lora._factor import (
     operation_dtype,
     times_chain,
 )
+from flax_tied_lora._quantized import Quantized
 from flax_tied_lora._rows import Rows
 from flax_tied_lora._rules import rule
 from flax_tied_lora._sites import LOOKUP, PROJECTION
@@ -32,6 +33,7 @@ def serve(
     context: Any, eqn: Any, weight: Weight, x: Any, terms: Sequence[Term],
     dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Cost, Any], Array],
     read: Any, scale: Array | None = None, rows: Callable[[Rows, Any, Cost], Any] | None = None,
+    quantized: Callable[[Quantized, Array], Array] | None = None,
 ) -> Array:  # fmt: skip
     """Returns the sum over terms of a product with data, cast once to the equation's dtype.
 
@@ -42,6 +44,7 @@ def serve(
       scale: multiplied in before that cast.
       rows: returns a function that adds the product with replaced rows to a result; None where
         there is none.
+      quantized: the product with a weight that is stored quantised; None where there is none.
     """
     aval, accumulate = eqn.outvars[0].aval, accumulator(eqn.outvars[0].aval.dtype)
     cost, parts, adders = Cost(), [], []
@@ -60,6 +63,10 @@ def serve(
         if isinstance(term, Rows) and rows is not None and plain is not None:
             with contextlib.suppress(MixedAxesError):
                 adders.append(rows(term, plain, cost))
+                continue
+        if isinstance(term, Quantized) and quantized is not None and plain is not None:
+            with contextlib.suppress(MixedAxesError):
+                parts.append(quantized(term, plain))
                 continue
         if not term.whole:
             context.added_up(eqn.primitive.name, weight, [term])
@@ -159,13 +166,20 @@ def dot_general(context, eqn, lhs, rhs):
             accumulate=accumulate, precision=params["precision"],
         )  # fmt: skip
 
+    def quantized(term: Quantized, data: Array) -> Array:
+        sharding = params["out_sharding"]
+        return _quantized_product.product(
+            term, data, names, order, dtype=weight.dtype, accumulate=accumulate,
+            precision=params["precision"], out_sharding=sharding,
+        )  # fmt: skip
+
     if role == LOOKUP:
         for term in terms:
             # The transpose of a projection reads as a lookup: rows are summed over.
             _refuse_differentiated(context, term)
         terms = tuple(without_dropout(t) for t in terms)
     after = None if scale is None or before else scale.spread(order, eqn.outvars[0].aval.shape)
-    return [serve(context, eqn, weight, x, terms, dense, low_rank, read, after, rows)]
+    return [serve(context, eqn, weight, x, terms, dense, low_rank, read, after, rows, quantized)]
 
 
 def without_dropout(term: Term) -> Term:
