@@ -20,7 +20,7 @@ import training
 
 import flax_tied_lora as tied_lora
 
-STEPS = 30
+STEPS = 100
 MIB = 2**20
 
 
