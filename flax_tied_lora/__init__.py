@@ -32,5 +32,7 @@ from flax_tied_lora._ties import TieGroup as TieGroup
 from flax_tied_lora._ties import find_ties as find_ties
 from flax_tied_lora._trace import trace as trace
 from flax_tied_lora._tying import WeightTyingWarning as WeightTyingWarning
+from flax_tied_lora._vocabulary import Vocabulary as Vocabulary
+from flax_tied_lora._vocabulary import grow_vocabulary as grow_vocabulary
 from flax_tied_lora._wrap import wrap as wrap
 from flax_tied_lora.train import value_and_grad as value_and_grad

@@ -86,7 +86,7 @@ def make_adapters(
                 made.setdefault(kind, []).append((adapter.key, name))
             else:
                 found[where] = _from_leaf(group, adapter, leaf, sharding)
-    rng = _uncommitted(rng) if made else rng
+    rng = uncommitted(rng) if made else rng
     for kind, places in made.items():
         numbers = np.array([key_number(f"{key}/{name}") for key, name in places], np.uint32)
         for (key, name), array in zip(places, _arrays(kind, rng, numbers), strict=True):
@@ -151,7 +151,7 @@ def _arrays(kind: _Kind, rng: jax.Array, numbers: np.ndarray) -> Sequence[Any]:
     return jax.device_put(list(np.asarray(_compiled(kind, stacked=True)(rng, numbers))))
 
 
-def _uncommitted(rng: jax.Array) -> jax.Array:
+def uncommitted(rng: jax.Array) -> jax.Array:
     """Returns a key that may go wherever the factors are."""
     if is_tracer(rng) or not rng.committed:
         return rng

@@ -213,7 +213,7 @@ def _tokens(
     if outside:
         raise ValueError(
             f"wrap: {outside} in trainable_token_indices; {group.key!r} {describe(leaf)} has the "
-            f"tokens 0 to {count - 1}"
+            f"tokens 0 to {count - 1}. grow_vocabulary(params, {max(outside) + 1}) adds tokens"
         )
     targets = tuple(dict.fromkeys(h.target for h in part.hits))
     return AdapterPlan(

@@ -29,7 +29,7 @@ DATA_FLOW = "data flow"
 
 # Modules that model families call their input embedding and their output projection by.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed")
-_HEADS = ("lm_head", "output", "embed_out")
+HEADS = ("lm_head", "output", "embed_out")
 _SAMPLE = 64
 
 
@@ -198,7 +198,7 @@ def _vocabulary_leaves(leaves: Mapping[str, Any], size: Any) -> tuple[list[str],
         p for p, shape in matrices.items()
         if p not in tables and (shape in shapes or shape[::-1] in shapes)
         # Within a layer such a shape is chance: a fused q, k, v kernel of a small model.
-        and (leaf_name(module_of(p)) in _HEADS or (size in shape and layer_index(p, None) is None))
+        and (leaf_name(module_of(p)) in HEADS or (size in shape and layer_index(p, None) is None))
     ]  # fmt: skip
     named = [p for p in tables if leaf_name(module_of(p)) in EMBEDDINGS]
     return named or tables, heads

@@ -121,7 +121,20 @@ def tokens_of(
 def _input_embedding(
     leaves: Mapping[str, Any], groups: Sequence[TieGroup], sites: CallSites | None
 ) -> TieGroup:
-    """Returns the group that is the input embedding: by its call sites, or by its name."""
+    tables = input_embeddings(leaves, groups, sites)
+    if len(tables) == 1:
+        return tables[0]
+    found = ", ".join(repr(g.key) for g in tables) or "no table"
+    raise ValueError(
+        f"wrap: {_FIELD} is a list, and the input embedding could be {found}; name it: "
+        f'{_FIELD}={{"embed_tokens": [...]}}'
+    )
+
+
+def input_embeddings(
+    leaves: Mapping[str, Any], groups: Sequence[TieGroup], sites: CallSites | None
+) -> list[TieGroup]:
+    """Returns the groups that could be the input embedding: by their call sites, or by name."""
 
     def looked_up(group: TieGroup) -> bool:
         if sites is None:
@@ -131,11 +144,4 @@ def _input_embedding(
     tables = [g for g in groups if looked_up(g) and adaptable(leaves[g.key])]
     named = [g for g in tables if any(leaf_name(module_of(p)) in EMBEDDINGS for p in g.paths)]
     tied = [g for g in tables if is_tied(g, sites)]
-    for choice in (named, tied, tables):
-        if len(choice) == 1:
-            return choice[0]
-    found = ", ".join(repr(g.key) for g in tables) or "no table"
-    raise ValueError(
-        f"wrap: {_FIELD} is a list, and the input embedding could be {found}; name it: "
-        f'{_FIELD}={{"embed_tokens": [...]}}'
-    )
+    return next((choice for choice in (named, tied) if len(choice) == 1), tables)

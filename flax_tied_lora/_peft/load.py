@@ -11,23 +11,23 @@ import numpy as np
 
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._config import LoraConfig
-from flax_tied_lora._factors import unboxed
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._paths import flatten
+from flax_tied_lora._peft.base_tensors import check_base, with_base
 from flax_tied_lora._peft.config_out import Placed
 from flax_tied_lora._peft.errors import AdapterFileError
 from flax_tied_lora._peft.files import CONFIG, AdapterFiles, read_adapter
-from flax_tied_lora._peft.named import Content, content_of, is_base
+from flax_tied_lora._peft.named import Content, content_of
 from flax_tied_lora._peft.save import all_slots
 from flax_tied_lora._peft.slots import PREFIX, Slot, modules_of
-from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, Plan
+from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS
 from flax_tied_lora._sites import CallSites
 from flax_tied_lora._start import in_place
 from flax_tied_lora._ties import ties_among
 from flax_tied_lora._wrap import wrap_as
 
 TiedCopies = Literal["same", "apart"]
-BaseEmbeddings = Literal["check", "ignore"]
+BaseEmbeddings = Literal["check", "load", "ignore"]
 
 
 def load_adapter(
@@ -50,7 +50,8 @@ def load_adapter(
         copies must agree. ``"apart"``: each module keeps its own, as with
         ``ensure_weight_tying=False``.
       base_embeddings: PEFT may put the base's own embeddings into the file. ``"check"``: they must
-        be those of ``params``; ``"ignore"``: they may be others.
+        be those of ``params``; ``"load"``: they take the place of those, which
+        `grow_vocabulary` made as many as they are; ``"ignore"``: they may be others.
 
     Returns:
       An `Adapted`, its factors float32.
@@ -63,7 +64,7 @@ def load_adapter(
     """
     for name, value, known in (
         ("tied_copies", tied_copies, ("same", "apart")),
-        ("base_embeddings", base_embeddings, ("check", "ignore")),
+        ("base_embeddings", base_embeddings, ("check", "load", "ignore")),
     ):
         if value not in known:
             raise ValueError(f"load_adapter: {name}={value!r}; expected one of {known}")
@@ -88,7 +89,9 @@ def load_adapter(
                 f"{files.directory}: {error}; expected an adapter that fits the params"
             ) from error
         if base_embeddings == "check":
-            _check_base(files, content, params, adapted.plan)
+            check_base(files, content, params, adapted.plan)
+        elif base_embeddings == "load":
+            adapted = with_base(files, content, adapted)
         return _filled(files, adapted, content, names)
 
 
@@ -103,25 +106,6 @@ def _config(files: AdapterFiles) -> LoraConfig:
             f"{files.directory / CONFIG}: {error}; expected the config of a LoRA adapter of PEFT "
             "0.21 with what is carried out here"
         ) from error
-
-
-def _check_base(files: AdapterFiles, content: Content, params: Any, plan: Plan) -> None:
-    leaves, _ = flatten(params)
-    # A tied leaf is what its group stores, whatever a loader put in its place.
-    stored = {m.path: (g.key, m.transposed) for g in plan.groups for m in g.members}
-    for name, path, weight in content.base:
-        key, transposed = stored.get(path, (path, False))
-        leaf = unboxed(leaves[key])
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            continue
-        leaf = leaf.T if transposed else leaf
-        if not is_base(files, name, leaf, weight):
-            shape, ours = files.tensors.shape(name), weight.shape(leaf.shape)
-            raise AdapterFileError(
-                f"{files.directory}: {name} {list(shape)} is the base's own embedding, and "
-                f"it is not {path!r} {list(ours)} of the params; load it into them first "
-                '(names.from_state_dict), or pass base_embeddings="ignore"'
-            )
 
 
 def _filled(files: AdapterFiles, adapted: Adapted, content: Content, names: Names) -> Adapted:
@@ -244,7 +228,8 @@ def _check_tensor(files: AdapterFiles, name: str, slot: Slot) -> None:
     if tuple(shape) != slot.shape:
         raise AdapterFileError(
             f"{files.directory}: {name} is {list(shape)}; expected {list(slot.shape)}, by the "
-            "config's rank and the params; check that the adapter is for this model"
+            "config's rank and the params; check that the adapter is for this model; where tokens "
+            "were added, grow_vocabulary(params, ...) first"
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise AdapterFileError(

@@ -27,7 +27,7 @@ _FACTOR = re.compile(
     r"(\.weight)?)"
 )
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-_BASE = ".base_layer.weight"
+_BASE = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.base_layer\.weight")
 
 
 # Kinds of input and output embeddings.
@@ -108,8 +108,8 @@ def content_of(files: AdapterFiles, config: LoraConfig, params: Any, names: Name
             )
             content.tokens.add(module)
             continue
-        if inner.endswith(_BASE):
-            path, weight = _leaf(files, inner.removesuffix(_BASE) + ".weight", names, leaves)
+        if base := _BASE.fullmatch(inner):
+            path, weight = _leaf(files, f"{base['module']}.weight", names, leaves)
             content.base.append((name, path, weight))
             continue
         own = inner.replace(".base_layer.", ".")
@@ -130,7 +130,7 @@ def content_of(files: AdapterFiles, config: LoraConfig, params: Any, names: Name
         elif saved:
             hit = Hit(module, module, leaf=path) if elsewhere else hit
             _add(content.hits.saved, path, hit)
-        elif parameter == "weight" and weight.kind in _WITH_TABLES:
+        elif (parameter == "weight" and weight.kind in _WITH_TABLES) or _is_of_logits(files, name):
             # save_embedding_layers=True writes the embeddings of a model that are not adapted.
             content.base.append((name, path, weight))
             continue
@@ -165,6 +165,17 @@ def is_base(files: AdapterFiles, name: str, leaf: Any, weight: TorchWeight) -> b
         return False
     ours, theirs = to_torch_array(jax.device_get(leaf), weight), files.tensors[name]
     return np.array_equal(ours.astype(np.float32), theirs.astype(np.float32), equal_nan=True)
+
+
+def _is_of_logits(files: AdapterFiles, name: str) -> bool:
+    """Returns whether a tensor is a bias of the logits: as long as a table that is in the file."""
+    tables = {
+        files.tensors.shape(n)[0] for n in files.tensors
+        if n.endswith(".weight") and len(files.tensors.shape(n)) == 2 and not re.search(r"\d", n)
+    }  # fmt: skip
+    return "bias" in name.rpartition(".")[2] and files.tensors.shape(name)[-1:] in {
+        (size,) for size in tables
+    }
 
 
 def _is_saved(config: LoraConfig, module: str) -> bool:

@@ -17,6 +17,7 @@ from flax_tied_lora._merge import check_adapted
 from flax_tied_lora._names.layout import TorchWeight, to_torch_array
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._paths import flatten, is_marker
+from flax_tied_lora._peft.base_tensors import base_entries, is_resized
 from flax_tied_lora._peft.config_out import Placed, config_of
 from flax_tied_lora._peft.errors import AdapterFileError
 from flax_tied_lora._peft.files import write_adapter
@@ -27,7 +28,7 @@ from flax_tied_lora._weights import shapes_of
 
 def save_adapter(
     directory: Any, adapted: Adapted, names: Names, *, base_model_name_or_path: str | None = None,
-    dtype: Any = None, overwrite: bool = False,
+    dtype: Any = None, overwrite: bool = False, save_embedding_layers: bool | str = "auto",
 ) -> None:  # fmt: skip
     """Writes adapters as PEFT's ``save_pretrained`` does: config and safetensors, no base.
 
@@ -43,15 +44,26 @@ def save_adapter(
       base_model_name_or_path: of the base model; default: the config's.
       dtype: of the factors in the file; default: their own, float32.
       overwrite: whether to replace an adapter that is there.
+      save_embedding_layers: whether the frozen embeddings, an output projection of its own, and
+        biases of the logits go into the file, too: where tokens were added (`grow_vocabulary`), a
+        resized model in PyTorch has other rows for them. ``"auto"``: if the base model is a local
+        directory whose ``config.json`` has another ``vocab_size``. (PEFT's "auto" also does where
+        the embedding has factors.)
 
     Raises:
       TypeError: not an `Adapted`.
+      ValueError: an option is unknown.
       UnmappedError: a leaf has no PyTorch name; it shows the line to add.
       AdapterFileError: what cannot be said in PEFT's file; or the directory cannot be written.
     """
     check_adapted("save_adapter", adapted)
     if not isinstance(names, Names):
         raise TypeError(f"save_adapter: names is a {type(names).__name__}; expected names_of(...)")
+    if save_embedding_layers not in (True, False, "auto"):
+        raise ValueError(
+            f"save_adapter: save_embedding_layers={save_embedding_layers!r}; expected True, False "
+            "or 'auto'"
+        )
     for key, name, found, expected in shapes_of(adapted):
         if found != expected:
             raise AdapterFileError(
@@ -70,6 +82,11 @@ def save_adapter(
             get = functools.partial(_tensor, slot, array, kind)
             entries.append((slot.name, slot.shape, kind, get))
     entries += _beside(adapted, placed, names, {entry[0] for entry in entries})
+    base_model = config["base_model_name_or_path"]
+    if save_embedding_layers == "auto":
+        save_embedding_layers = is_resized(adapted, names, base_model)
+    if save_embedding_layers:
+        entries += base_entries(adapted, placed, names, {entry[0] for entry in entries})
     text = json.dumps(config, indent=2, allow_nan=False)
     write_adapter(directory, text, sorted(entries, key=lambda e: e[0]), overwrite=overwrite)
 
