@@ -12,6 +12,7 @@ from flax_tied_lora._explain import explain as explain
 from flax_tied_lora._merge import base as base
 from flax_tied_lora._merge import merge as merge
 from flax_tied_lora._paths import TiedLeaf as TiedLeaf
+from flax_tied_lora._per_example import per_example as per_example
 from flax_tied_lora._plan import AdapterPlan as AdapterPlan
 from flax_tied_lora._plan import GroupPlan as GroupPlan
 from flax_tied_lora._plan import Plan as Plan
@@ -25,6 +26,8 @@ from flax_tied_lora._sites import CallSites as CallSites
 from flax_tied_lora._sites import Read as Read
 from flax_tied_lora._sites import SiteFilter as SiteFilter
 from flax_tied_lora._stack import adapter_axes as adapter_axes
+from flax_tied_lora._stack import put as put
+from flax_tied_lora._stack import select as select
 from flax_tied_lora._stack import stack as stack
 from flax_tied_lora._targets import UnmatchedTargetWarning as UnmatchedTargetWarning
 from flax_tied_lora._ties import Member as Member

@@ -65,24 +65,24 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
     return adapted_fn
 
 
-def _is_adapted(x: Any) -> bool:
+def is_adapted(x: Any) -> bool:
     return isinstance(x, Adapted)
 
 
-def _is_opaque(x: Any) -> bool:
+def is_opaque(x: Any) -> bool:
     """Returns whether a part of the arguments is adapted, or holds nothing that is.
 
     The latter is passed on as the object that it is: a model object that keeps state is no copy.
     """
-    return _is_adapted(x) or not any(map(_is_adapted, jax.tree.leaves(x, is_leaf=_is_adapted)))
+    return is_adapted(x) or not any(map(is_adapted, jax.tree.leaves(x, is_leaf=is_adapted)))
 
 
 def call(
     fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
 ) -> tuple[Any, list[Read], list[Adapted]]:
     """Returns what ``fn`` returns on adapted arguments, the call sites met, and the arguments."""
-    nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=_is_opaque)
-    places = [i for i, x in enumerate(nodes) if _is_adapted(x)]
+    nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=is_opaque)
+    places = [i for i, x in enumerate(nodes) if is_adapted(x)]
     adapteds = [nodes[i] for i in places]
     if not adapteds:
         kinds = ", ".join(sorted({type(x).__name__ for x in (*args, *kwargs.values())})) or "none"

@@ -34,6 +34,8 @@ class Adapted:
         rescaling adapters recompiles nothing.
       rng: key for dropout, or None for no dropout; see `train`.
       plan: what was adapted; static.
+      slot: which of stacked adapters these are, an integer, or one for each example; None where
+        they are not chosen among. See `select`.
     """
 
     params: Any
@@ -41,6 +43,7 @@ class Adapted:
     scaling: Any
     rng: Any
     plan: Plan
+    slot: Any = None
 
     def replace(self, **changes: Any) -> Adapted:
         """Returns a copy with some fields replaced, usually ``adapters``.

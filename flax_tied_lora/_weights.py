@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -28,18 +29,23 @@ def weights_of(adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None) -
     Args:
       leaves: the params, by path.
       dtype: of copies; by default the leaf's.
+
+    Raises:
+      ValueError: the adapters are stacked, and not one of them is selected.
     """
     weights = {}
+    adapted, there = _selected(adapted)
     for group in adapted.plan.adapted:
         leaf = leaves[group.key]
         array = leaf if is_quantized(leaf) else jnp.asarray(leaf)
         terms, scale = {}, None
         for adapter in group.adapters:
             own = adapted.adapters[adapter.kind][adapter.key]
-            terms[adapter] = _term(adapted, group, adapter, own, array, dtype)
+            terms[adapter] = _term(adapted, group, adapter, own, array, dtype, there)
             if adapter.dora:
                 magnitude = jnp.asarray(unboxed(own["lora_magnitude"]))
                 scale = _dora_scale(array, terms[adapter], magnitude, group)
+                scale = Factor(_where(there, scale.array, 1), scale.axes)
         for member in group.members:
             weights[member.path] = _member(member, array, terms, scale)
     return weights
@@ -63,17 +69,61 @@ def quantized_weights(
     return weights
 
 
+def _selected(adapted: Adapted) -> tuple[Adapted, jax.Array | None]:
+    """Returns the adapters of a slot, and whether there are any: None where there are no slots.
+
+    Under `jax.vmap` over slots nothing is stacked again: each array is gathered where it is used.
+    """
+    slot = adapted.slot
+    for key, name, found, expected in shapes_of(adapted):
+        if len(found) != len(expected) + (slot is not None):
+            slots = [] if slot is None else ["slots"]
+            raise ValueError(
+                f"adapt: {name} of {key!r} is {list(found)}, expected {[*slots, *expected]}: of "
+                "stacked adapters one serves a call, tied_lora.select(stacked, 0); or one each "
+                "example, by tied_lora.per_example, or jax.vmap with tied_lora.adapter_axes"
+            )
+    if slot is None:
+        return adapted, None
+    if jnp.ndim(slot) != 0:
+        raise ValueError(
+            f"adapt: an adapter is selected for each of {list(jnp.shape(slot))} examples, and the "
+            "call is not mapped over them; use tied_lora.per_example(adapt(fn)), or jax.vmap with "
+            "tied_lora.adapter_axes(selected)"
+        )
+    count = max((x.shape[0] for x in jax.tree.leaves(adapted.scaling)), default=0)
+    count = count or jax.tree.leaves(adapted.adapters)[0].shape[0]
+
+    def of_slot(array: Any) -> Any:
+        return lax.dynamic_index_in_dim(jnp.asarray(array), slot, keepdims=False)
+
+    adapters, scaling = jax.tree.map(of_slot, (adapted.adapters, adapted.scaling))
+    one = dataclasses.replace(adapted, adapters=adapters, scaling=scaling, slot=None)
+    # A slot that is not there serves nobody's adapter, rather than its neighbour's.
+    return one, (slot >= 0) & (slot < count)
+
+
+def _where(there: jax.Array | None, array: jax.Array, other: Any) -> jax.Array:
+    """Returns the array where an adapter is there, and what stands in for it where none is."""
+    return array if there is None else jnp.where(there, array, other)
+
+
 def _term(
-    adapted: Adapted, group: GroupPlan, adapter: AdapterPlan, own: Any, table: Any, dtype: Any,
+    adapted: Adapted, group: GroupPlan, adapter: AdapterPlan, own: Any, table: Any,
+    dtype: Any, there: jax.Array | None,
 ) -> Term:  # fmt: skip
     """Returns an adapter as a term, in the layout of the group's canonical leaf."""
     if adapter.kind == TRAINABLE_TOKENS:
         rows = jnp.asarray(unboxed(own))
-        return Rows.replacing(
+        term = Rows.replacing(
             adapter.tokens, rows, table, group.token_axis, adapter.key, adapter.sites
         )
+        values = Factor(_where(there, term.values.array, 0), term.values.axes)
+        return dataclasses.replace(term, values=values)
     if adapter.kind != LORA:
-        copy = lax.convert_element_type(jnp.asarray(unboxed(own)), dtype or table.dtype)
+        kind = dtype or table.dtype
+        copy = lax.convert_element_type(jnp.asarray(unboxed(own)), kind)
+        copy = _where(there, copy, lax.convert_element_type(table, kind))
         return Dense(copy, adapter.key, adapter.sites)
     dropout = float(adapted.plan.config.lora_dropout)
     key = None
@@ -81,7 +131,7 @@ def _term(
         key = jax.random.fold_in(adapted.rng, key_number(adapter.key))
     axes = group.axes(adapter)
     a, b = (Factor(jnp.asarray(unboxed(own[name])), axes[name]) for name in ("lora_a", "lora_b"))
-    scaling = jnp.asarray(adapted.scaling[adapter.key])
+    scaling = _where(there, jnp.asarray(adapted.scaling[adapter.key]), 0)
     rate = dropout if key is not None else 0.0
     return LowRank(a, b, scaling, key, adapter.key, adapter.sites, rate)
 

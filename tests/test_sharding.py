@@ -99,3 +99,36 @@ def test_a_mesh_gives_the_single_device_result(kind, layout, expected):
     grads = found[1][1]["lora"]["embed/embedding"]
     for name, factor in adapted.adapters["lora"]["embed/embedding"].items():
         assert grads[name].sharding.is_equivalent_to(factor.sharding, 2) or kind is AxisType.Auto
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_an_adapter_for_each_example_on_a_mesh(kind):
+    def model(params: Any, tokens: jax.Array) -> jax.Array:
+        table, anywhere = params["embed"]["embedding"], jax.P()
+        if kind is AxisType.Auto:
+            return auto_model(params, tokens)
+        x = table.at[tokens].get(out_sharding=anywhere)
+        x = jnp.tanh(jnp.dot(x, params["dense"]["kernel"], out_sharding=anywhere))
+        return jnp.dot(x, table.T, out_sharding=anywhere)
+
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        tree = placed(params(), mesh, LAYOUTS["both"])
+        fresh = tied_lora.wrap(tree, CONFIG)
+        stacked = tied_lora.stack([perturbed(fresh)], capacity=3)
+        full = tied_lora.put(stacked, 2, fresh.replace(
+            adapters=jax.tree.map(lambda x: 2 * x, perturbed(fresh).adapters)
+        ))  # fmt: skip
+        for new, old in zip(jax.tree.leaves(full), jax.tree.leaves(stacked), strict=True):
+            assert new.sharding == old.sharding
+        run = jax.jit(tied_lora.per_example(tied_lora.adapt(model, on_dense="error")))
+        tokens, slots = np.arange(8).reshape(4, 2) * 3, [2, 0, -1, 2]
+        found = np.asarray(run(tied_lora.select(full, slots), tokens))
+    alone = perturbed(tied_lora.wrap(params(), CONFIG))
+    twice = alone.replace(adapters=jax.tree.map(lambda x: 2 * x, alone.adapters))
+    plain = jax.jit(auto_model)
+    for row, own in enumerate([twice, alone, None, twice]):
+        merged = params() if own is None else tied_lora.merge(own)
+        expected = plain(merged, tokens[row : row + 1])[0]
+        np.testing.assert_allclose(found[row], expected, rtol=2e-5, atol=1e-4)

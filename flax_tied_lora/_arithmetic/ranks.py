@@ -59,8 +59,8 @@ def with_ranks(what: str, adapted: Adapted, ranks: Mapping[str, int]) -> Adapted
                 f"{limit_of(group)} at most"
             )
         own = dict(lora[key])
-        own["lora_a"] = _filled(own["lora_a"], -1, rank)
-        own["lora_b"] = _filled(own["lora_b"], -1 - len(group.cols), rank)
+        own["lora_a"] = filled(own["lora_a"], -1, rank)
+        own["lora_b"] = filled(own["lora_b"], -1 - len(group.cols), rank)
         lora[key] = own
         times = math.sqrt if plan.config.use_rslora else float
         alpha = plan.config.alpha_for(adapter.module)
@@ -84,7 +84,7 @@ def _of_rank(adapter: AdapterPlan, ranks: Mapping[str, int]) -> AdapterPlan:
     )
 
 
-def _filled(factor: Any, axis: int, size: int) -> Any:
+def filled(factor: Any, axis: int, size: int) -> Any:
     array = unboxed(factor)
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, size - array.shape[axis])

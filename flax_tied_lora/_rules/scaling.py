@@ -28,7 +28,8 @@ def mul(context, eqn, lhs, rhs):
     if eqn.primitive.name == "div" and weight is rhs:
         return NotImplemented
     varying = context.varying_axes(var)
-    if len(varying) == len(weight.shape):
+    # A weight of one entry may meet an operand of any shape.
+    if len(varying) == len(weight.shape) or weight.shape != eqn.outvars[0].aval.shape:
         return NotImplemented
     # The operand is constant along the other axes: one entry of each is all of it.
     other = jnp.asarray(other)

@@ -246,3 +246,9 @@ def test_rows_picked_from_stacked_kernels_compile():
         found = jax.jit(tied_lora.adapt(function, on_dense="allow"))(adapted)
         expected = function(tied_lora.merge(adapted))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operation", [jnp.multiply, lambda x, w: w / x])
+def test_one_entry_of_a_weight_times_an_array(operation):
+    """JAX's arithmetic takes a scalar beside an array of any shape, with no broadcast between."""
+    check(lambda w: operation(2 + jnp.abs(X), w[0, 0]), on_dense="allow")
