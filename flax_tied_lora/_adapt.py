@@ -59,7 +59,7 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
         result, reads, adapteds = call(fn, on_dense, args, kwargs)
         if on_dense == "warn":
             warn_of_dense(numbered(reads))
-        _warn_of_unread(reads, adapteds)
+        warn_of_unread(reads, adapteds)
         return result
 
     return adapted_fn
@@ -81,6 +81,38 @@ def call(
     fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
 ) -> tuple[Any, list[Read], list[Adapted]]:
     """Returns what ``fn`` returns on adapted arguments, the call sites met, and the arguments."""
+    run = evaluated(fn, on_dense, args, kwargs)
+    return run.returned(run.result), run.context.reads, run.adapteds
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """What a function of adapted arguments came to.
+
+    Attributes:
+      result: what it returned, with symbolic weights where it handed them back.
+      weights: those that went in, by leaf path, of each adapted argument.
+      context: of the evaluation, with the call sites met.
+      adapteds: the adapted arguments.
+    """
+
+    result: Any
+    weights: list[dict[str, Weight]]
+    context: Context
+    adapteds: list[Adapted]
+
+    def returned(self, tree: Any) -> Any:
+        """Returns a part of the result with the weights in it added up."""
+        return jax.tree.map(
+            lambda x: self.context.returned(x) if isinstance(x, Weight) else x, tree,
+            is_leaf=lambda x: isinstance(x, Weight),
+        )  # fmt: skip
+
+
+def evaluated(
+    fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
+) -> Evaluated:
+    """Returns what ``fn`` comes to on adapted arguments, weights that it hands back symbolic."""
     nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=is_opaque)
     places = [i for i, x in enumerate(nodes) if is_adapted(x)]
     adapteds = [nodes[i] for i in places]
@@ -106,8 +138,7 @@ def call(
 
     closed, outputs = Calls(fn, arguments).jaxpr([_aval(w) for w in weights])
     values = evaluate(context, closed.jaxpr, closed.consts, weights)
-    values = [context.returned(x) if isinstance(x, Weight) else x for x in values]
-    return outputs.filled(values), context.reads, adapteds
+    return Evaluated(outputs.filled(values), named, context, adapteds)
 
 
 def _weights(adapted: Adapted, mark: str, context: Context) -> dict[str, Weight]:
@@ -143,7 +174,8 @@ def mark_of(number: int, adapteds: Sequence[Adapted]) -> str:
     return f" (adapted argument {number})" if len(adapteds) > 1 else ""
 
 
-def _warn_of_unread(reads: Sequence[Read], adapteds: Sequence[Adapted]) -> None:
+def warn_of_unread(reads: Sequence[Read], adapteds: Sequence[Adapted], stacklevel: int = 3) -> None:
+    """Warns of each adapter that no call site was served by."""
     read = {r.site.leaf for r in reads}
     served = {key for r in reads for key in r.groups}
     for number, adapted in enumerate(adapteds):
@@ -155,7 +187,7 @@ def _warn_of_unread(reads: Sequence[Read], adapteds: Sequence[Adapted]) -> None:
                     "has no effect here. Take it out of target_modules, or check that the model "
                     "uses it",
                     UnreadTargetWarning,
-                    stacklevel=3,
+                    stacklevel=stacklevel,
                 )
                 continue
             for adapter in group.separate:
@@ -165,5 +197,5 @@ def _warn_of_unread(reads: Sequence[Read], adapteds: Sequence[Adapted]) -> None:
                         "it has no effect here; explain shows the call sites, and what they are "
                         "served by",
                         UnreadTargetWarning,
-                        stacklevel=3,
+                        stacklevel=stacklevel,
                     )

@@ -31,7 +31,7 @@ def densified(read: Read) -> str:
     )
 
 
-def warn_of_dense(reads: Sequence[Read]) -> None:
+def warn_of_dense(reads: Sequence[Read], stacklevel: int = 3) -> None:
     """Warns once for each call site that had its weight added up."""
     for read in dict.fromkeys(r for r in reads if r.served == "dense"):
-        warnings.warn(densified(read), DensifyWarning, stacklevel=3)
+        warnings.warn(densified(read), DensifyWarning, stacklevel=stacklevel)

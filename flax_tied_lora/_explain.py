@@ -109,6 +109,15 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
       print(tied_lora.explain(model.apply, {"params": adapted}, tokens))
       tied_lora.explain(model.apply, {"params": adapted}, tokens).assert_tied()
     """
+    return explained(lambda a, k: call(fn, "allow", a, k)[1:], args, kwargs)
+
+
+def explained(meet: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Explanation:
+    """Returns the explanation of a call of which nothing is computed.
+
+    Args:
+      meet: returns the call sites that a call meets, and its adapted arguments.
+    """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     # Only what has no values is abstract; the model may branch on the rest.
     abstract = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
@@ -119,7 +128,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         for i, value in zip(abstract, values, strict=True):
             filled[i] = value
         args, kwargs = jax.tree.unflatten(treedef, filled)
-        _, reads, adapteds = call(fn, "allow", args, kwargs)
+        reads, adapteds = meet(args, kwargs)
         groups = tuple(
             _marked(group, mark_of(number, adapteds))
             for number, adapted in enumerate(adapteds) for group in adapted.plan.adapted

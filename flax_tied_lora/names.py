@@ -1,8 +1,9 @@
 """How a model's Flax leaf paths and its PyTorch parameter names correspond, both ways.
 
 `names_of` returns the correspondence of a family: transformers' Flax GPT-2, GPT-Neo, OPT, BLOOM,
-Llama, Mistral, Gemma, BERT, RoBERTa, T5 and BART, and tunix's Qwen 2 and 3, Llama 3, Gemma 2 and 3.
-For any other model people give a table of their own, one line for each kind of leaf.
+Llama, Mistral, Gemma, BERT, RoBERTa, T5 and BART, tunix's Qwen 2 and 3, Llama 3, Gemma 2 and 3, and
+DeepMind's Gemma 2 and 3. For any other model people give a table of their own, one line for each
+kind of leaf.
 
 A line is ``(Flax path, PyTorch name)``, with a layout and a kind behind it where they do not follow
 from the leaf's name. ``{}`` stands for a number. The layout has the leaf's axes on the left and the
@@ -30,7 +31,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._names import families, tunix
+from flax_tied_lora._names import families, gemma, tunix
 from flax_tied_lora._names.families import Family
 from flax_tied_lora._names.layout import TorchWeight as TorchWeight
 from flax_tied_lora._names.layout import from_torch_array as from_torch_array
@@ -45,7 +46,9 @@ from flax_tied_lora._names.state import state_entries as state_entries
 from flax_tied_lora._names.state import to_state_dict as to_state_dict
 from flax_tied_lora._names.table import make_line
 
-_FAMILIES = {**families.FAMILIES, **tunix.FAMILIES}
+_FAMILIES = {**families.FAMILIES, **tunix.FAMILIES, **gemma.FAMILIES}
+# Those with a second form for models with as many key heads as heads.
+_FUSED = {**tunix.FUSED, **gemma.FUSED}
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 
@@ -60,8 +63,8 @@ def names_of(
 
     Args:
       model: a family's name (``FAMILIES`` lists them), a transformers config, a dict with its
-        ``model_type`` (a ``config.json``), a tunix ``ModelConfig``, or None for a model that the
-        lines in ``extra`` are the whole table of.
+        ``model_type`` (a ``config.json``), a tunix ``ModelConfig``, a gemma ``TransformerConfig``,
+        or None for a model that the lines in ``extra`` are the whole table of.
       extra: further lines, which go before the family's: see the module's docstring.
       tie_word_embeddings: whether input and output are tied; by default what the config says, or
         the family's own default.
@@ -105,7 +108,7 @@ def names_of(
 
 @functools.cache
 def _family_names(name: str, fused: bool, tied: bool | None) -> Names:
-    make = tunix.FUSED.get(name, _FAMILIES[name]) if fused else _FAMILIES[name]
+    make = _FUSED.get(name, _FAMILIES[name]) if fused else _FAMILIES[name]
     family = make()
     tied = family.tied if tied is None else tied
     # A tied head is no leaf in Flax: its PyTorch name is one of the table's.
@@ -137,7 +140,7 @@ def _family_name(model: Any) -> str:
     if model is None:
         return "own"
     name = model if isinstance(model, str) else _field(model, "model_type")
-    name = tunix.tunix_family(model) if name is None else name
+    name = name or tunix.tunix_family(model) or gemma.gemma_family(model)
     if not isinstance(name, str):
         raise ValueError(
             f"names_of takes a family's name, a model's config, a dict with its model_type, or "

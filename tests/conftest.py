@@ -1,8 +1,8 @@
 """What every test runs under: CPU with eight devices, strict promotion, no network.
 
-Promotion is strict everywhere but in ``tests/models``: there the models are other people's, and
-rely on JAX's usual rules. A single test elsewhere asks for those with the fixture
-``standard_promotion``.
+Promotion is strict everywhere but in ``tests/models`` and ``tests/libraries``: there the models are
+other people's, and rely on JAX's usual rules. A single test elsewhere asks for those with the
+fixture ``standard_promotion``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-MODELS = Path(__file__).parent / "models"
+OTHERS_MODELS = {Path(__file__).parent / name for name in ("models", "libraries")}
 # Compiled programs are never dropped by JAX itself; past this much a worker starts again from none.
 CACHE_LIMIT_KIB = 3 * 1024 * 1024
 
@@ -55,8 +55,9 @@ def jax_usual_promotion() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def promotion_of_models(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Gives the modules of ``tests/models`` JAX's usual promotion, their own fixtures included."""
-    with jax_usual_promotion() if MODELS in request.path.parents else contextlib.nullcontext():
+    """Gives tests of other people's models JAX's usual promotion, their own fixtures included."""
+    usual = not OTHERS_MODELS.isdisjoint(request.path.parents)
+    with jax_usual_promotion() if usual else contextlib.nullcontext():
         yield
 
 

@@ -2,7 +2,8 @@
 
 A weight that a loop only carries along stays symbolic: it is taken out of the carry and read from
 outside. One that the body changes is added up before the loop. A scan over stacked weights gives
-each step its slice, factor by factor. A loop is all that its public function takes, so it is
+each step its slice, factor by factor; slices that it hands on as they are make the stack again. A
+loop is all that its public function takes, so it is
 called again through that.
 """
 
@@ -32,6 +33,7 @@ def scan(context, eqn, *operands):
     stacks = [_Stack.of(x, p["length"]) if isinstance(x, Weight) else x for x in xs]
     walked = [s.walked if isinstance(s, _Stack) else s for s in stacks]
     reads: list[Any] = []
+    stacked: dict[int, Any] = {}
 
     def loop(init: list[Any]) -> tuple[list[Any], list[Any], list[int]]:
         free, changed = _free(init), []
@@ -48,15 +50,23 @@ def scan(context, eqn, *operands):
             within = context.inside(reads, Provenance())
             outs = evaluate_inner(within, inner, hot, [*_at_step(consts, index), *state, *each])
             changed[:] = _changed(init, state, outs)
+            ys = outs[len(init) :]
+            stacked.clear()
+            stacked.update(
+                (i, whole) for i, y in enumerate(ys) if isinstance(y, Weight)
+                for whole, x in zip(xs, each, strict=True) if is_same(y, x)
+            )  # fmt: skip
             return (
                 handed_back(within, [outs[i] for i in free]),
-                handed_back(within, outs[len(init) :]),
+                handed_back(within, [y for i, y in enumerate(ys) if i not in stacked]),
             )
 
         carry, ys = lax.scan(
             body, [init[i] for i in free], (counter, walked), p["length"],
             reverse=p["reverse"], unroll=p["unroll"],
         )  # fmt: skip
+        for i in sorted(stacked):
+            ys.insert(i, stacked[i])
         return carry, ys, changed
 
     carry, ys = _fixed_point(context, eqn, init, loop)
@@ -161,10 +171,12 @@ def _state(init: Sequence[Any], free: Sequence[int], carry: Sequence[Any], index
 
 
 def _changed(init: Sequence[Any], state: Sequence[Any], outs: Sequence[Any]) -> list[int]:
-    return [i for i, x in enumerate(init) if isinstance(x, Weight) and not _same(outs[i], state[i])]
+    return [
+        i for i, x in enumerate(init) if isinstance(x, Weight) and not is_same(outs[i], state[i])
+    ]
 
 
-def _same(a: Any, b: Any) -> bool:
+def is_same(a: Any, b: Any) -> bool:
     """Returns whether a weight is another, whatever has become of its random keys."""
     if not isinstance(a, Weight) or a.shape != b.shape or a.dtype != b.dtype:
         return False

@@ -104,6 +104,13 @@ def test_only_the_changed_carry_is_added_up():
     assert served(explained) == [("scan", "dense"), ("dot_general", "low rank")]
 
 
+def handed_on(w, x):
+    """A checkpoint hides from JAX that the slices come back: the scan returns its own weight."""
+    body = jax.checkpoint(lambda c, v: (step(v, c), (c, v, 2.0 * c)))
+    x, (_, again, doubled) = lax.scan(body, x, w)
+    return lax.scan(lambda c, v: (step(v, c), None), x, again)[0], doubled
+
+
 WALKED = {
     "layers": lambda w, x: lax.scan(lambda c, v: (step(v, c), None), x, w)[0],
     "results of each": lambda w, x: lax.scan(lambda c, v: (c, x @ v), 0, w)[1],
@@ -121,6 +128,7 @@ WALKED = {
     "checkpointed": lambda w, x: lax.scan(
         lambda c, v: (jax.checkpoint(step)(v, c), None), x, w
     )[0],
+    "handed on": lambda w, x: handed_on(w, x)[0] + jnp.sum(handed_on(w, x)[1]),
     "indexed": lambda w, x: lax.fori_loop(
         0, 3, lambda i, c: step(lax.dynamic_index_in_dim(w, i, 0, keepdims=False), c), x
     ),

@@ -1,0 +1,271 @@
+"""The adapted module: an `nnx.Module` around a module, called like it was."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_tied_lora._adapt import Evaluated, warn_of_unread
+from flax_tied_lora._adapted import Adapted, summary
+from flax_tied_lora._densify import warn_of_dense
+from flax_tied_lora._evaluate import OnDense
+from flax_tied_lora._factors import typed_key
+from flax_tied_lora._nnx.calling import run
+from flax_tied_lora._nnx.leaves import aliases_of, params_of, shown_as
+from flax_tied_lora._paths import TiedLeaf, flatten
+from flax_tied_lora._plan import Plan
+from flax_tied_lora._sites import numbered
+from flax_tied_lora._wrap import stored_once
+
+# What the wrapper itself has; whatever else is asked of it is the module's.
+_OWN = frozenset({"module", "adapters", "lora_scaling", "lora_dropout", "plan", "on_dense"})
+# What NNX asks a node for: the module answers for itself.
+_NOT_HANDED_ON = frozenset({"set_view"})
+
+
+class Scaling(nnx.Variable):
+    """A scaling of factors: an array that is not trained."""
+
+
+class LoRADropout(nnx.Module):
+    """The state of the factors' dropout: a random stream, and whether it is off."""
+
+    def __init__(self, key: jax.Array):
+        self.rngs = nnx.RngStream(key, tag="lora_dropout")
+        self.deterministic = True
+
+    def key(self) -> jax.Array | None:
+        """Returns a key for a call, or None for no dropout."""
+        return None if self.deterministic else self.rngs()
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode, for `nnx.view`."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+class AdaptedModule(nnx.Module):
+    """An `nnx.Module` with adapters: called like the module was, with its attributes and methods.
+
+    It is an `nnx.Module` itself, so that `nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `nnx.split` and
+    all others take it. Methods of the module, and of its submodules (``adapted.embed.attend(x)``),
+    run with the adapters; attributes are the module's (``adapted.config``).
+
+    Attributes:
+      module: the module with its frozen params, as it was; call it for results without adapters.
+      adapters: ``{kind: {key: ...}}`` as in `Adapted`, each array an `nnx.LoRAParam`.
+      lora_scaling: ``{key: Scaling}``.
+      lora_dropout: the state of the factors' dropout, None where the config has none.
+      plan: what was adapted; static.
+      on_dense: as in `adapt`; static.
+    """
+
+    def __init__(
+        self, module: nnx.Module, adapters: Mapping[str, Any], scaling: Mapping[str, Any],
+        dropout: LoRADropout | None, plan: Plan,
+    ):  # fmt: skip
+        self.module = module
+        self.adapters = nnx.data(adapters)
+        self.lora_scaling = nnx.data(scaling)
+        self.lora_dropout = nnx.data(dropout)
+        self.plan = plan
+        self.on_dense: OnDense = "warn"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the module does, with its adapters."""
+        return call(self, lambda module, *a, **k: module(*a, **k), args, kwargs, whole=True)
+
+    def train(self, rng: jax.Array | None = None, **attributes: Any) -> None:
+        """Sets the module to training mode, and the factors' dropout on.
+
+        Args:
+          rng: a key for the factors' dropout, in place of the one of `wrap`.
+          **attributes: as in `nnx.Module.train`.
+        """
+        self.module.train(**attributes)
+        if self.lora_dropout is not None:
+            if rng is not None:
+                key = typed_key("AdaptedModule.train", rng)
+                self.lora_dropout.rngs = nnx.RngStream(key, tag="lora_dropout")
+            self.lora_dropout.deterministic = False
+
+    def eval(self, **attributes: Any) -> None:
+        """Sets the module to evaluation mode, and the factors' dropout off."""
+        self.module.eval(**attributes)
+        if self.lora_dropout is not None:
+            self.lora_dropout.deterministic = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OWN | _NOT_HANDED_ON or _is_dunder(name) or "module" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return _seen(self, self.module, lambda module: getattr(module, name), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN or _is_dunder(name) or name.startswith("_pytree__"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in vars(self):
+            super().__delattr__(name)
+        else:
+            delattr(self.module, name)
+
+    def __str__(self) -> str:
+        return summary(as_adapted(self))
+
+
+class Part:
+    """A submodule of an adapted module: its methods run with the adapters.
+
+    For what takes an `nnx.Module` there is the frozen one, ``adapted.module.<path>``.
+    """
+
+    def __init__(self, owner: AdaptedModule, find: Callable[[Any], Any], name: str):
+        vars(self).update(_owner=owner, _find=find, _name=name)
+
+    def _enter(self, step: Callable[[Any], Any], name: str) -> Any:
+        find, owner = self._find, self._owner
+        return _seen(owner, self._here, lambda module: step(find(module)), f"{self._name}{name}")
+
+    @property
+    def _here(self) -> Any:
+        return self._find(self._owner.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        find = self._find
+        return call(self._owner, lambda m, *a, **k: find(m)(*a, **k), args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if _is_dunder(name):
+            raise AttributeError(name)
+        return self._enter(lambda here: getattr(here, name), f".{name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._here, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return [self[i] for i in range(*key.indices(len(self)))]
+        return self._enter(lambda here: here[key], f"[{key!r}]")
+
+    def __len__(self) -> int:
+        return len(self._here)
+
+    def __iter__(self) -> Iterator[Any]:
+        here = self._here
+        if isinstance(here, Mapping | nnx.Dict):
+            return iter(here)
+        return (self[i] for i in range(len(here)))
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._here
+
+    def __repr__(self) -> str:
+        return f"{self._name} of an AdaptedModule: {self._here!r}"
+
+
+def call(
+    owner: AdaptedModule, function: Callable[..., Any], args: Sequence[Any], kwargs: Any, *,
+    whole: bool = False,
+) -> Any:  # fmt: skip
+    """Returns ``function(module, *args, **kwargs)`` with the adapters of a module.
+
+    Args:
+      whole: whether every adapter is expected to be used.
+    """
+    result, done = evaluated_call(owner, function, owner.on_dense, args, kwargs)
+    if owner.on_dense == "warn":
+        warn_of_dense(numbered(done.context.reads), stacklevel=4)
+    if whole:
+        warn_of_unread(done.context.reads, done.adapteds, stacklevel=4)
+    kinds = (nnx.Pytree, nnx.Variable)  # kept as the objects that they are
+    return jax.tree.map(
+        lambda x: owner if x is owner.module else x, result, is_leaf=lambda x: isinstance(x, kinds)
+    )
+
+
+def evaluated_call(
+    owner: AdaptedModule, function: Callable[..., Any], on_dense: OnDense, args: Any, kwargs: Any
+) -> tuple[Any, Evaluated]:
+    """Returns ``function(module, *args, **kwargs)`` with the adapters, and how it was evaluated."""
+    shown = shown_as(owner.plan, aliases_of(owner.module))
+    return run(owner.module, stored(owner), shown, function, on_dense, tuple(args), dict(kwargs))
+
+
+def _seen(owner: AdaptedModule, parent: Any, find: Callable[[Any], Any], name: str) -> Any:
+    """Returns what a person sees in an attribute or an item of the module.
+
+    Args:
+      parent: what it is an attribute or an item of.
+      find: returns it from the module, also within a trace.
+      name: how it is reached.
+    """
+    value = find(owner.module)
+    if inspect.ismethod(value) and isinstance(value.__self__, nnx.Pytree):
+
+        def method(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
+            return call(self, lambda m, *a, **k: find(m)(*a, **k), args, kwargs)
+
+        method.__name__, method.__doc__ = value.__name__, value.__doc__
+        return types.MethodType(method, owner)
+    if _holds_modules(value):
+        return Part(owner, find, name)
+    attribute = inspect.getattr_static(type(parent), name.rpartition(".")[2], None)
+    if isinstance(attribute, property) and any(
+        isinstance(x, jax.Array) for x in jax.tree.leaves(value)
+    ):
+        return call(owner, find, (), {})  # computed of weights
+    return value
+
+
+def _holds_modules(value: Any) -> bool:
+    if isinstance(value, nnx.Module):
+        return True
+    if isinstance(value, nnx.Pytree | list | tuple | dict):
+        return any(isinstance(x, nnx.Module) for _, x in nnx.iter_graph(value))
+    return False
+
+
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def arrays(tree: Any) -> Any:
+    """Returns a pytree of Variables as one of arrays."""
+    return jax.tree.map(
+        lambda x: x.get_raw_value(), tree, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+
+
+def stored(owner: AdaptedModule) -> Adapted:
+    """Returns the groups of an adapted module as an `Adapted`, its params a dict by path."""
+    leaves, _ = flatten(params_of(owner.module))
+    params = {}
+    for group in owner.plan.groups:
+        for member in group.members:
+            if member.path not in leaves:
+                raise ValueError(
+                    f"adapt: the module has no nnx.Param at {member.path!r} any more, which is "
+                    "adapted; wrap the module again after changing its structure"
+                )
+            params[member.path] = (
+                leaves[member.path] if member is group.members[0]
+                else TiedLeaf(group.key, member.transposed)
+            )  # fmt: skip
+    rng = None if owner.lora_dropout is None else owner.lora_dropout.key()
+    return Adapted(params, arrays(owner.adapters), arrays(owner.lora_scaling), rng, owner.plan)
+
+
+def as_adapted(owner: AdaptedModule) -> Adapted:
+    """Returns an adapted module's arrays and plan; see `nnx.adapted`."""
+    leaves, treedef = flatten(params_of(owner.module))
+    adapters, scaling = arrays(owner.adapters), arrays(owner.lora_scaling)
+    params = stored_once(leaves, treedef, owner.plan)
+    return Adapted(params, adapters, scaling, None, owner.plan)
