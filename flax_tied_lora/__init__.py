@@ -11,6 +11,7 @@ from flax_tied_lora._explain import NotTiedError as NotTiedError
 from flax_tied_lora._explain import explain as explain
 from flax_tied_lora._merge import base as base
 from flax_tied_lora._merge import merge as merge
+from flax_tied_lora._model import AdaptedModel as AdaptedModel
 from flax_tied_lora._paths import TiedLeaf as TiedLeaf
 from flax_tied_lora._per_example import per_example as per_example
 from flax_tied_lora._plan import AdapterPlan as AdapterPlan

@@ -32,7 +32,9 @@ def all_linear(
     for site in sites:
         if site.leaf in by_leaf:
             kinds.setdefault(by_leaf[site.leaf].key, set()).add(site.role)
-    output = _output_projection(leaves, by_leaf, sites)
+    # Where a table is read both ways, it is the output projection, and no other leaf is.
+    tied = any({LOOKUP, PROJECTION} <= roles for roles in kinds.values())
+    output = None if tied else _output_projection(leaves, by_leaf, sites)
     hits = {}
     for site in sites:
         if site.leaf not in by_leaf or site.operation == "conv_general_dilated":

@@ -39,7 +39,7 @@ _FAST_COMPILE = {
 
 
 @functools.cache
-def _fast_compile() -> dict[str, Any]:
+def fast_compile() -> dict[str, Any]:
     """Returns those of the options that this release of XLA knows."""
 
     def is_known(name: str, value: Any) -> bool:
@@ -209,7 +209,7 @@ def compare(
         warnings.simplefilter("always", tied_lora.DensifyWarning)
         lowered = jax.jit(program).lower(arrays)
     on_cpu = jax.default_backend() == "cpu"
-    compiled = lowered.compile(compiler_options=_fast_compile() if on_cpu else None)
+    compiled = lowered.compile(compiler_options=fast_compile() if on_cpu else None)
     outcomes = [_named(o) for o in compiled(arrays)]
     assert outcomes[0], "the function returned no arrays: nothing was compared"
     for name, ours in outcomes[0].items():

@@ -112,6 +112,22 @@ def test_all_linear_leaves_an_untied_output_projection_out():
     assert adapted_keys("all-linear", params, sites, ties=declared) == expected
 
 
+def test_all_linear_takes_a_second_head_beside_a_tied_table():
+    """Of as many columns as a table has rows: it was taken for the output projection."""
+
+    class TwoHeads(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(VOCAB, WIDTH, name="embed_tokens")
+            x = embed(tokens) + nn.Embed(2, WIDTH, name="token_types")(tokens % 2)
+            return embed.attend(x), nn.Dense(2, name="next_sentence")(x)
+
+    model = TwoHeads()
+    params = init(model)
+    sites = tied_lora.trace(model.apply, {"params": params}, TOKENS)
+    assert adapted_keys("all-linear", params, sites) == {"next_sentence/kernel"}
+
+
 def test_all_linear_of_stacked_attention():
     model = StackedLM()
     params = init(model)
