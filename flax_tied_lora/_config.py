@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from flax_tied_lora import _config_axes as own
 from flax_tied_lora import _config_checks as check
 from flax_tied_lora._config_checks import FrozenMapping
 from flax_tied_lora._config_conflicts import refuse_contradictions
@@ -107,6 +108,12 @@ class LoraConfig:
         peft_version: PEFT's version that wrote the file. Default None.
         auto_mapping: PEFT's record of the base model's class. Default None.
         peft_type: ``"LORA"``, and nothing else.
+        axes: Module or leaf name, or regex -> ``(rows, columns)`` of its leaf, each an axis or a
+            list of axes, where a trace is not to say; axes in neither are batch axes, with factors
+            for each entry. Not PEFT's, as `parts`; in `to_dict` under a key of our own. Default {}.
+        parts: Module or leaf name, or regex -> ``(axis, names)`` of the parts of a fused kernel
+            along an axis, of one size, or ``(axis, {name: size})``. Each part gets factors of its
+            own; targets, exclusions and patterns name one as ``"qkv_proj:q"``. Default {}.
 
     The other fields are PEFT's too and not carried out yet: they may be given their default.
 
@@ -167,6 +174,8 @@ class LoraConfig:
     use_bdlora: Any = None
     use_qalora: bool = False
     velora_config: Any = None
+    axes: Mapping[str, Any] = _EMPTY
+    parts: Mapping[str, Any] = _EMPTY
 
     def __new__(cls, *args: object, **kwargs: object) -> LoraConfig:
         """Refuses what the generated ``__init__`` would refuse less helpfully."""
@@ -206,6 +215,8 @@ class LoraConfig:
         self._put("alpha_pattern", lambda f, v: check.patterns(f, v, check.positive))
         if self.auto_mapping is not None:
             self._put("auto_mapping", lambda f, v: check.mapping(f, v, check.text))
+        self._put("axes", own.axes)
+        self._put("parts", own.parts)
         self._put("peft_type", lambda f, v: check.one_of(f, "LORA" if v is None else v, ["LORA"]))
         self._put("bias", lambda f, v: check.one_of(f, v, ["none", "all", "lora_only"]))
         self._put("init_lora_weights", check.initialisation)
@@ -238,13 +249,14 @@ class LoraConfig:
         """Returns the rank for a module: `rank_pattern`'s first match, or `r`.
 
         Args:
-            path: Module path, joined by "/" or by ".", as ``model/layers/0/q_proj``.
+            path: Module path, joined by "/" or by ".", as ``model/layers/0/q_proj``; with
+                ``:<part>`` for a part, to which the module's value goes down.
         """
-        return check.pattern_value(self.rank_pattern, path, self.r)
+        return _for_part(self.rank_pattern, path, self.r)
 
     def alpha_for(self, path: str) -> float:
         """Returns alpha for a module: `alpha_pattern`'s first match, or `lora_alpha`."""
-        return float(check.pattern_value(self.alpha_pattern, path, self.lora_alpha))
+        return float(_for_part(self.alpha_pattern, path, self.lora_alpha))
 
     def scaling_for(self, path: str) -> float:
         """Returns the factor before ``lora_a @ lora_b``: alpha / r; for rsLoRA alpha / sqrt(r)."""
@@ -255,7 +267,8 @@ class LoraConfig:
         """Returns the fields as plain Python values, under the keys of ``adapter_config.json``."""
         values = {f.name: check.plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         del values["runtime_config"]  # PEFT does not store it either
-        return values
+        ours = {name: values.pop(name) for name in own.OWN_FIELDS}
+        return values | ({own.OWN_KEY: ours} if any(ours.values()) else {})
 
     def to_json(self) -> str:
         """Returns the text of ``adapter_config.json``: fields sorted, patterns in their order."""
@@ -270,7 +283,11 @@ class LoraConfig:
         """
         if not isinstance(fields, Mapping):
             raise TypeError(f"LoraConfig.from_dict: expected a mapping, found {fields!r}")
-        return cls(**{str(name): value for name, value in fields.items()})
+        ours = fields.get(own.OWN_KEY, {})
+        if not isinstance(ours, Mapping):
+            raise TypeError(f"LoraConfig.from_dict: {own.OWN_KEY}={ours!r}; expected a mapping")
+        both = {name: v for name, v in fields.items() if name != own.OWN_KEY} | dict(ours)
+        return cls(**{str(name): value for name, value in both.items()})
 
     @classmethod
     def from_json(cls, text: str) -> LoraConfig:
@@ -294,3 +311,8 @@ class LoraConfig:
             if f.name in always or getattr(self, f.name) != f.default
         ]
         return f"LoraConfig({', '.join(shown)})"
+
+
+def _for_part(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    module = path.partition(":")[0]
+    return check.pattern_value(patterns, path, check.pattern_value(patterns, module, default))

@@ -231,7 +231,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 def plain(value: Any) -> Any:
     """Returns tuples as lists and mappings as dicts, as JSON has them."""
     if isinstance(value, tuple):
-        return list(value)
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return value

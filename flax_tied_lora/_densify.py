@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from flax_tied_lora._reasons import QUANTIZED, reason_for
 from flax_tied_lora._sites import Read
 
 
@@ -20,14 +21,18 @@ def densified(read: Read) -> str:
     """Returns the message for a call site that had its weight added up."""
     site = read.site
     where = f" in {site.scope!r}" if site.scope else ""
-    what = (
-        "hands it back" if site.operation == "return"
-        else f"is read by {site.operation!r}{where}, for which there is no low-rank rule"
-    )  # fmt: skip
+    what = "is handed back" if site.operation == "return" else f"is read by {site.operation!r}"
+    if not read.groups:  # there is no adapter, and a plain weight is none to add up
+        return (
+            f"adapt: {site.leaf!r}, which is stored quantised, {what}{where}, {QUANTIZED}; it was "
+            f"dequantised into one array of {read.bytes:,} bytes. Leave it out of what is "
+            "quantised (exclude_modules), write a rule (register_rule), or accept the cost with "
+            'on_dense="allow"'
+        )
     return (
-        f"adapt: {site.leaf!r} {what}; the weight and its delta were added up into one array of "
-        f"{read.bytes:,} bytes. Take it out of target_modules, write a rule (register_rule), or "
-        'accept the cost with on_dense="allow"'
+        f"adapt: {site.leaf!r} {what}{where}, {reason_for(site.operation)}; the weight and its "
+        f"delta were added up into one array of {read.bytes:,} bytes. Take it out of "
+        'target_modules, write a rule (register_rule), or accept the cost with on_dense="allow"'
     )
 
 

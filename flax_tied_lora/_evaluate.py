@@ -163,6 +163,14 @@ class Context:
                 dims = {"rows": rows, "cols": cols, "batch": batch}
                 dims = {name: origin.on_leaf(axes) for name, axes in dims.items()}
             name, kind = operation, role
+            if role == PROJECTION and origin.picked_by == "gather":
+                # What was picked by index is walked in step with the data; where nothing else is
+                # left of it, it was a lookup after all.
+                whole = tuple(sorted({*dims["rows"], *dims["cols"]} - {*origin.picked}))
+                dims = {n: tuple(x for x in a if x not in origin.picked) for n, a in dims.items()}
+                if not dims["cols"]:
+                    name, kind = origin.picked_by, LOOKUP
+                    dims = {"rows": origin.picked, "cols": whole}
             if role == OTHER and origin.picked:
                 left = tuple(x for held in origin.axes for x in held if x not in origin.picked)
                 name, kind = origin.picked_by, LOOKUP

@@ -77,7 +77,7 @@ def make_adapters(
     for group, adapter in plan.adapters():
         leaf = leaves[group.key]
         for name, shape in group.shapes(adapter).items():
-            sharding = _sharding(leaf, group.axes(adapter)[name])
+            sharding = _sharding(leaf, group.axes(adapter)[name], shape)
             where = adapter.kind, adapter.key, name
             if isinstance(array_of(leaf), jax.ShapeDtypeStruct):
                 found[where] = jax.ShapeDtypeStruct(shape, DTYPE, sharding=sharding)
@@ -178,15 +178,25 @@ def _compiled(kind: _Kind, stacked: bool) -> Any:
     return jax.jit(make, out_shardings=kind.sharding)
 
 
-def _sharding(leaf: Any, axes: Sequence[Any]) -> Any:
-    """Returns a factor's sharding: that of its leaf, axis by axis; None where there is none."""
+def _sharding(leaf: Any, axes: Sequence[Any], shape: Sequence[int]) -> Any:
+    """Returns a factor's sharding: that of its leaf, axis by axis; None where there is none.
+
+    What is left of an axis in a part of a fused leaf may be too little for that.
+    """
     leaf = array_of(leaf)
     sharding = None if is_tracer(leaf) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, jax.NamedSharding):
         return None
-    return jax.NamedSharding(
-        sharding.mesh, jax.P(*_names(sharding.spec, axes)), memory_kind=sharding.memory_kind
-    )
+    names = [
+        None if a != RANK and n != leaf.shape[a] and n % _devices(sharding.mesh, name) else name
+        for a, n, name in zip(axes, shape, _names(sharding.spec, axes), strict=True)
+    ]
+    return jax.NamedSharding(sharding.mesh, jax.P(*names), memory_kind=sharding.memory_kind)
+
+
+def _devices(mesh: Any, name: Any) -> int:
+    names = name if isinstance(name, tuple) else (name,)
+    return math.prod(mesh.shape[n] for n in names if n is not None)
 
 
 def _names(names: Any, axes: Sequence[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_tied_lora._adapted import Adapted
-from flax_tied_lora._arithmetic.ranks import filled, layout_of, limit_of, reboxed
+from flax_tied_lora._arithmetic.ranks import filled, layout_of, reboxed
 from flax_tied_lora._factors import DTYPE, boxes_of, make_adapters, unboxed
 from flax_tied_lora._paths import flatten
 from flax_tied_lora._plan import LORA, AdapterPlan, GroupPlan, Plan
@@ -88,7 +88,7 @@ def _of_rank(what: str, group: GroupPlan, adapter: AdapterPlan, rank: int | None
         raise ValueError(
             f"{what}: {adapter.key!r} has rank {adapter.rank}, more than rank={rank} has room for"
         )
-    return dataclasses.replace(adapter, rank=min(rank, limit_of(group)))
+    return dataclasses.replace(adapter, rank=min(rank, group.rank_limit(adapter)))
 
 
 def fitted(what: str, adapted: Adapted | None, plan: Plan, params: Any = None) -> tuple[Any, Any]:

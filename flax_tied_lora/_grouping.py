@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from flax_tied_lora._axes import Axes, axes_of
 from flax_tied_lora._config import LoraConfig
+from flax_tied_lora._fused import fused_parts
 from flax_tied_lora._hits import Hit, Hits, adaptable
 from flax_tied_lora._init import reads_weight
 from flax_tied_lora._paths import describe, is_marker, leaf_name, module_of
@@ -24,11 +25,12 @@ from flax_tied_lora._plan import (
     Plan,
 )
 from flax_tied_lora._sites import CallSites
-from flax_tied_lora._targets import named_parts, resolve, warn_of_unused_patterns
+from flax_tied_lora._targets import named_parts, resolve
 from flax_tied_lora._tie_sources import TieGroup, is_table
 from flax_tied_lora._ties import DATA_FLOW
 from flax_tied_lora._tokens import TokenParts, token_parts, tokens_of
 from flax_tied_lora._tying import Part, check_flag, check_overlap, parts_of
+from flax_tied_lora._unused import check_patterns
 
 
 @dataclasses.dataclass
@@ -61,7 +63,7 @@ def plan_of(
     """
     if named is None:
         lora = resolve(config, leaves, groups, sites)
-        warn_of_unused_patterns(config, lora)
+        check_patterns(config, lora, leaves, groups)
         saved: Hits = {}
         for name in config.modules_to_save or ():
             for key, hits in named_parts("modules_to_save", name, leaves, groups, sites).items():
@@ -122,7 +124,7 @@ def _group_plan(
     if not (lora or saved or rows or bias or len(group.members) > 1):
         return None
     found = group.found if len(group.members) > 1 or DATA_FLOW in group.found else ()
-    axes = _axes(group, leaf, sites, needed=bool(lora or rows))
+    axes = _axes(group, leaf, sites, config, needed=bool(lora or rows))
     copies = parts_of(group, saved, config, sites)
     # What is trained in full needs no delta: as in PEFT, modules_to_save goes before targets.
     copied = {(part.members, part.sites) for part in copies}
@@ -131,7 +133,10 @@ def _group_plan(
         if not {((), None), (part.members, part.sites)} & copied
     ]  # fmt: skip
     adapters = [
-        *(_factors(group, leaf, axes, part, config) for part in deltas),
+        *(
+            _factors(group, leaf, axes, part, config)
+            for delta in deltas for part in fused_parts(group, leaf, delta, config)
+        ),
         *(_copy(group, leaf, part) for part in copies),
         *(_tokens(group, leaf, axes, part, own) for part, own in rows),
         *([AdapterPlan(BIAS, group.key, targets=(config.bias,))] if bias else []),
@@ -147,11 +152,13 @@ def _group_plan(
     )  # fmt: skip
 
 
-def _axes(group: TieGroup, leaf: Any, sites: CallSites | None, needed: bool) -> Axes:
+def _axes(
+    group: TieGroup, leaf: Any, sites: CallSites | None, config: LoraConfig, needed: bool
+) -> Axes:
     """Returns a group's axes: none, where none are needed (for a full copy) and none known."""
     try:
         if needed or adaptable(leaf):
-            return axes_of(group, leaf, sites)
+            return axes_of(group, leaf, sites, config.axes)
     except ValueError:
         if needed:
             raise
@@ -159,20 +166,29 @@ def _axes(group: TieGroup, leaf: Any, sites: CallSites | None, needed: bool) -> 
 
 
 def _factors(group: TieGroup, leaf: Any, axes: Axes, part: Part, config: LoraConfig) -> AdapterPlan:
-    hits, module = part.hits, part.hits[0].module
+    hits, tail = part.hits, f":{part.name}" if part.span else ""
+    module = hits[0].module + tail
     for what in (config.rank_for, config.scaling_for) if len(hits) > 1 else ():
-        values = {hit.module: what(hit.module) for hit in hits}
+        values = {hit.module: what(hit.module + tail) for hit in hits}
         if len(set(values.values())) > 1:
             raise ValueError(
                 f"wrap: {group.key!r} is one tie group, and the patterns give it different values: "
                 f"{values}; give its names the same rank and alpha"
             )
     rank = config.rank_for(module)
-    limit = min(math.prod(leaf.shape[a] for a in side) for side in (axes.rows, axes.cols))
+    shape = list(leaf.shape)
+    if part.span:
+        shape[part.span[0]] = part.span[2] - part.span[1]
+    limit = min(math.prod(shape[a] for a in side) for side in (axes.rows, axes.cols))
     if rank > limit:
         raise ValueError(
-            f"wrap: rank {rank} for {group.key!r} {describe(leaf)}, which has rank {limit} at "
-            "most; lower r, or give it a rank of its own in rank_pattern"
+            f"wrap: rank {rank} for {part.key(group)!r} {leaf.dtype}{shape}, which has rank "
+            f"{limit} at most; lower r, or give it a rank of its own in rank_pattern"
+        )
+    if config.use_dora and part.span:
+        raise ValueError(
+            f"wrap: use_dora scales all of {group.key!r}, and parts gives each of its parts "
+            "factors of its own; leave one of the two out"
         )
     if config.use_dora and part.sites is not None:
         raise ValueError(
@@ -182,7 +198,7 @@ def _factors(group: TieGroup, leaf: Any, axes: Axes, part: Part, config: LoraCon
     return AdapterPlan(
         LORA, part.key(group), part.name, part.members, part.sites, rank, config.use_dora,
         reads_weight(config.init_lora_weights) and not axes.is_table, (), module,
-        tuple(dict.fromkeys(h.target for h in hits)),
+        tuple(dict.fromkeys(h.target for h in hits)), part.span,
     )  # fmt: skip
 
 

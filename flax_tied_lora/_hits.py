@@ -22,6 +22,7 @@ class Hit:
       leaf: path of the leaf that is named, or that the module named holds.
       scope: module path of the call sites that are named.
       role: of the call sites that are named.
+      part: name of the part of a fused leaf that is named; "" for all of it.
     """
 
     target: str
@@ -29,6 +30,7 @@ class Hit:
     leaf: str = ""
     scope: str = ""
     role: Role | None = None
+    part: str = ""
 
 
 Hits = dict[str, tuple[Hit, ...]]

@@ -34,7 +34,7 @@ class AdapterPlan:
       kind: the collection that it is kept in: ``"lora"`` (factors), ``"modules_to_save"`` (a
         trainable copy), ``"trainable_tokens"`` (rows that replace rows) or ``"bias"`` (a trainable
         bias).
-      key: its key there: the group's, and for a separate adapter ``"<group key>:<name>"``.
+      key: its key there: the group's, and for a part of it ``"<group key>:<name>"``.
       name: what the user called the part of the group that it is for; "" for the whole group.
       members: leaves of the group that it is for; () for all.
       sites: call sites that it is for; None for all.
@@ -44,6 +44,7 @@ class AdapterPlan:
       tokens: the rows that are replaced.
       module: by whose name rank and alpha were looked up in the config's patterns.
       targets: the targets that named it, as the user wrote them.
+      span: of a part of a fused leaf, the axis that it is cut along, its start and its stop.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class AdapterPlan:
     tokens: tuple[int, ...] = ()
     module: str = ""
     targets: tuple[str, ...] = ()
+    span: tuple[int, int, int] | None = None
 
     @property
     def separate(self) -> bool:
@@ -143,11 +145,24 @@ class GroupPlan:
         }
         return axes | {"lora_magnitude": (*self.batch, *self.cols)} if adapter.dora else axes
 
+    def shape_of(self, adapter: AdapterPlan) -> tuple[int, ...]:
+        """Shape of what an adapter is for: the leaf, or a part of a fused one."""
+        if adapter.span is None:
+            return self.shape
+        axis, start, stop = adapter.span
+        return (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+
+    def rank_limit(self, adapter: AdapterPlan) -> int:
+        """The largest rank that what an adapter is for can have."""
+        shape = self.shape_of(adapter)
+        return min(math.prod(shape[a] for a in side) for side in (self.rows, self.cols))
+
     def shapes(self, adapter: AdapterPlan) -> dict[str, tuple[int, ...]]:
         """For each array of an adapter, its shape."""
         size = len(adapter.tokens) if adapter.kind == TRAINABLE_TOKENS else adapter.rank
+        shape = self.shape_of(adapter)
         return {
-            name: tuple(size if a == RANK else self.shape[a] for a in axes)
+            name: tuple(size if a == RANK else shape[a] for a in axes)
             for name, axes in self.axes(adapter).items()
         }
 
@@ -259,7 +274,8 @@ def _adapter(entry: Mapping[str, Any]) -> AdapterPlan:
     if entry["kind"] not in COLLECTIONS:
         raise ValueError(f"unknown kind of adapter {entry['kind']!r}")
     tuples = {name: tuple(entry[name]) for name in ("members", "tokens", "targets")}
-    return AdapterPlan(**{**entry, **tuples, "sites": _sites(entry["sites"])})
+    span = None if entry.get("span") is None else tuple(entry["span"])
+    return AdapterPlan(**{**entry, **tuples, "sites": _sites(entry["sites"]), "span": span})
 
 
 def _sites(entry: Any) -> SiteFilter | None:

@@ -10,7 +10,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 # Operations that hand a one-hot array on as one.
 _HANDED_ON = frozenset(
     {"convert_element_type", "broadcast_in_dim", "reshape", "transpose", "squeeze", "copy",
-     "stop_gradient", "optimization_barrier", "sharding_constraint"}
+     "stop_gradient", "optimization_barrier", "sharding_constraint", "gather"}
 )  # fmt: skip
 
 
@@ -61,9 +61,10 @@ class Provenance:
 
     def varying_axes(self, var: Any) -> tuple[int, ...]:
         """Returns the axes along which an array may vary; it is constant along the others."""
-        ndim = getattr(var.aval, "ndim", 0)
+        shape = getattr(var.aval, "shape", ())
+        every = tuple(i for i, n in enumerate(shape) if n != 1)
         if isinstance(var, Literal) or var not in self._made_by:
-            return tuple(range(ndim))
+            return every
         eqn, _ = self._made_by[var]
         if eqn.primitive.name == "broadcast_in_dim":
             inner = self.varying_axes(eqn.invars[0])
@@ -73,4 +74,4 @@ class Provenance:
             return tuple(d for i, d in enumerate(dims) if i in inner and before[i] == after[d])
         if eqn.primitive.name in ("convert_element_type", "copy", "stop_gradient"):
             return self.varying_axes(eqn.invars[0])
-        return tuple(range(ndim))
+        return every

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_tied_lora._factors import key_number, unboxed
+from flax_tied_lora._fused import cut, pasted, replicated
 from flax_tied_lora._init import from_weight, orthogonal
 from flax_tied_lora._paths import is_tracer
 from flax_tied_lora._plan import LORA, AdapterPlan, GroupPlan, Plan
@@ -69,14 +70,6 @@ def in_place(old: Any, array: jax.Array) -> Any:
     return old.replace_boxed(array) if hasattr(old, "replace_boxed") else array
 
 
-def _replicated(array: jax.Array) -> jax.Array:
-    """Returns an array without Explicit axes: decompositions take the whole of a matrix."""
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    if sharding is None or not any(sharding.spec):
-        return array
-    return jax.sharding.reshard(array, jax.NamedSharding(sharding.mesh, jax.P()))
-
-
 def _start(
     how: str, group: GroupPlan, adapter: AdapterPlan, leaf: Any, scaling: float, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, Any]:
@@ -84,17 +77,20 @@ def _start(
     shapes = group.shapes(adapter)
     order = (*group.batch, *group.rows, *group.cols)
     sides = group.batch, group.rows, group.cols
-    size = [math.prod(group.shape[i] for i in axes) for axes in sides]
+    shape = group.shape_of(adapter)
+    size = [math.prod(shape[i] for i in axes) for axes in sides]
     keys = jax.random.split(key, size[0])
     if not adapter.residual:
         make = functools.partial(orthogonal, rows=size[1], cols=size[2], rank=adapter.rank)
         a, b = jax.vmap(make)(keys)
         return a.reshape(shapes["lora_a"]), b.reshape(shapes["lora_b"]), None
-    matrices = jnp.transpose(_replicated(jnp.asarray(leaf)), order).reshape(size)
+    whole = replicated(jnp.asarray(leaf))
+    matrices = jnp.transpose(cut(whole, adapter.span), order).reshape(size)
     make = functools.partial(_one, how, adapter.rank, scaling, group.key)
     a, b, rest = jax.vmap(make)(matrices, keys)
-    rest = rest.reshape([group.shape[i] for i in order])
+    rest = rest.reshape([shape[i] for i in order])
     rest = jnp.transpose(rest, [order.index(i) for i in range(len(order))])
+    rest = pasted(whole, rest.astype(whole.dtype), adapter.span)
     return a.reshape(shapes["lora_a"]), b.reshape(shapes["lora_b"]), rest
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flax_tied_lora._all_linear import ALL_LINEAR, all_linear
 from flax_tied_lora._axes import SITES_LINE
 from flax_tied_lora._config import LoraConfig
-from flax_tied_lora._config_checks import as_tuple, pattern_value
+from flax_tied_lora._config_axes import parts_of_leaf
+from flax_tied_lora._config_checks import as_tuple
 from flax_tied_lora._hits import Hit, Hits, adaptable, excluded
 from flax_tied_lora._paths import (
     describe,
@@ -21,7 +22,8 @@ from flax_tied_lora._paths import (
     nearby,
 )
 from flax_tied_lora._sites import LOOKUP, OTHER, PROJECTION, CallSites, Role, module_path
-from flax_tied_lora._tie_sources import TieGroup
+from flax_tied_lora._stacked import stacked_hint
+from flax_tied_lora._tie_sources import TieGroup, is_table
 
 # What Flax calls leaves that are added or multiplied in, entry by entry.
 _VECTORS = ("bias", "scale")
@@ -74,14 +76,19 @@ def resolve(
         if refused and not named:
             raise ValueError(
                 f"wrap: {target!r} in target_modules names {', '.join(refused[:3])}; expected a "
-                "floating-point matrix (two axes or more). Take it out of target_modules"
+                "floating-point matrix (two axes or more) that is multiplied or looked up. Take it "
+                "out of target_modules; a matrix that is read otherwise is meant by its whole path"
             )
         if not named:
             unmatched.append(target)
         for key, hit in named:
             hits.setdefault(key, []).append(hit)
     if not hits:
-        raise ValueError(_nothing("target_modules", targets, unmatched, leaves, sites))
+        text = _nothing("target_modules", targets, unmatched, leaves, sites)
+        whole = isinstance(targets, str)
+        hints = [stacked_hint(config, t, t if whole else (t,), leaves) for t in unmatched]
+        hints += [_parts_hint(config, t, leaves) for t in unmatched]
+        raise ValueError(text + next(filter(None, hints), ""))
     for target in unmatched:
         warnings.warn(
             f"wrap: {target!r} in target_modules names no leaf, module or call site; nearby: "
@@ -143,34 +150,34 @@ def _parameters(
 ) -> Hits:
     hits: dict[str, list[Hit]] = {}
     for target in as_tuple(config.target_parameters):
-        named = [p for p in leaves if matches((target,), p) is not None]
+        named = [
+            (path, part)
+            for path, leaf in leaves.items()
+            for part in ("", *_parts_of(config, path, leaf))
+            if matches((target,), f"{path}:{part}" if part else path) is not None
+        ]
         if not named:
             raise ValueError(_nothing("target_parameters", target, [target], leaves, None))
-        for path in named:
+        for path, part in named:
             if not adaptable(leaves[path]):
                 raise ValueError(
                     f"wrap: {target!r} in target_parameters names {path!r} "
                     f"{describe(leaves[path])}; expected a floating-point matrix (two axes or "
                     "more). Take it out"
                 )
-            hits.setdefault(by_leaf[path].key, []).append(Hit(target, path, leaf=path))
+            hits.setdefault(by_leaf[path].key, []).append(Hit(target, path, leaf=path, part=part))
     return {key: tuple(found) for key, found in hits.items()}
 
 
-def warn_of_unused_patterns(config: LoraConfig, hits: Hits) -> None:
-    """Warns of each key of rank_pattern and alpha_pattern that is for no module targeted."""
-    modules = [hit.module for found in hits.values() for hit in found]
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in getattr(config, field).items():
-            nothing = object()
-            alone = {pattern: value}
-            if all(pattern_value(alone, m, nothing) is nothing for m in modules):
-                warnings.warn(
-                    f"wrap: {pattern!r} in {field} is for no module that is adapted; these are: "
-                    f"{', '.join(map(repr, nearby(pattern, modules)))}",
-                    UnmatchedTargetWarning,
-                    stacklevel=6,
-                )
+def _parts_hint(config: LoraConfig, target: str, leaves: Mapping[str, Any]) -> str:
+    module, _, part = target.partition(":")
+    for path, leaf in leaves.items() if part else ():
+        named = matches((module,), path) or matches((module,), module_of(path))
+        if named and adaptable(leaf):
+            parts = _parts_of(config, path, leaf)
+            found = ", ".join(map(repr, parts)) or "none; name them in parts={...}"
+            return f". The parts of {path!r} are {found}"
+    return ""
 
 
 def _modules(leaves: Mapping[str, Any]) -> list[str]:
@@ -198,16 +205,31 @@ def _by_path(
     found, refused, left_out = [], [], False
     for path, leaf in leaves.items():
         module = module_of(path)
-        whole = matches(pattern, path) is not None
-        if not whole and (not module or matches(pattern, module) is None):
-            continue
-        if excluded(config, path, module) or not _in_layer(config, module):
-            left_out |= adaptable(leaf)
-        elif adaptable(leaf) and (whole or not _is_vector(path, by_leaf[path], sites)):
-            found.append((by_leaf[path].key, Hit(target, module or path, leaf=path)))
-        else:
-            refused.append(f"{path!r} {describe(leaf)}")
+        for part in ("", *_parts_of(config, path, leaf)):
+            tail = f":{part}" if part else ""
+            whole = matches(pattern, path + tail) is not None
+            if not whole and (not module or matches(pattern, module + tail) is None):
+                continue
+            if excluded(config, path, module, path + tail, module + tail) or not _in_layer(
+                config, module
+            ):
+                left_out |= adaptable(leaf)
+            elif adaptable(leaf) and (whole or not _is_vector(path, by_leaf[path], sites)):
+                hit = Hit(target, module or path, leaf=path, part=part)
+                found.append((by_leaf[path].key, hit))
+            else:
+                refused.append(f"{path!r} {describe(leaf)}{_read_by(path, by_leaf[path], sites)}")
     return found, [] if found or left_out else refused
+
+
+def _parts_of(config: LoraConfig, path: str, leaf: Any) -> Iterable[str]:
+    return parts_of_leaf(config.parts, path, tuple(leaf.shape)) if adaptable(leaf) else ()
+
+
+def _read_by(path: str, group: TieGroup, sites: CallSites | None) -> str:
+    """Returns what reads a leaf, where these are no products and no lookups."""
+    operations = dict.fromkeys(s.operation for s in (sites or CallSites()).of(*group.paths))
+    return f", which is read by {', '.join(operations)} only" if operations else ""
 
 
 def _is_vector(path: str, group: TieGroup, sites: CallSites | None) -> bool:
@@ -216,7 +238,7 @@ def _is_vector(path: str, group: TieGroup, sites: CallSites | None) -> bool:
     Those of attention heads and of stacked layers have two axes or more, as matrices do.
     """
     used = (sites or CallSites()).of(*group.paths)
-    if used:
+    if used and not is_table(path):  # a table of positions is added
         return all(s.role == OTHER for s in used)
     return leaf_name(path) in _VECTORS
 

@@ -59,7 +59,10 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
             for i, array in zip(traced, arrays, strict=True)
         ]
         context.reads.clear()
-        evaluate(context, closed.jaxpr, closed.consts, weights)
+        outputs = evaluate(context, closed.jaxpr, closed.consts, weights)
+        for x in outputs:  # rows that were picked, and handed back
+            if isinstance(x, Weight) and all(o.picked for o in x.origins):
+                context.returned(x)
 
     jax.eval_shape(symbolic, *(_shape(leaves[i]) for i in traced))
     ndims = {names[i]: len(leaves[i].shape) for i in traced}

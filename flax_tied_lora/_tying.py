@@ -34,12 +34,14 @@ class Part:
       name: what it is called; "" for the whole group.
       members: leaves that it is; () for all.
       sites: call sites that it is; None for all.
+      span: of a part of a fused leaf, the axis that it is cut along, its start and its stop.
     """
 
     hits: tuple[Hit, ...]
     name: str = ""
     members: tuple[str, ...] = ()
     sites: SiteFilter | None = None
+    span: tuple[int, int, int] | None = None
 
     def key(self, group: TieGroup) -> str:
         """Key of the part's adapter."""

@@ -70,6 +70,11 @@ class Term(abc.ABC):
         """Returns the term after an operation that may have put rows in several places."""
         return self
 
+    def factor_axes(self) -> set[Axis]:
+        """Returns the axes that the term's factors have: those along which a delta varies."""
+        factors = (x for x in vars(self).values() if isinstance(x, Factor))
+        return {a for factor in factors for a in factor.axes}
+
     def applies_to(self, role: str, scope: str) -> bool:
         """Returns whether the term is there for a call site."""
         return self.sites is None or self.sites(role, scope)

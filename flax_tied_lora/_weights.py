@@ -13,6 +13,7 @@ from jax import lax
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._factor import RANK, Cost, Factor, accumulator, contract
 from flax_tied_lora._factors import key_number, unboxed
+from flax_tied_lora._fused import block
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._quantized import Quantized, frozen
 from flax_tied_lora._quantized_array import is_quantized
@@ -39,7 +40,11 @@ def weights_of(adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None) -
         leaf = leaves[group.key]
         array = leaf if is_quantized(leaf) else jnp.asarray(leaf)
         terms, scale = {}, None
+        if parts := [a for a in group.adapters if a.span is not None]:
+            terms[parts[0]] = _parts_term(adapted, group, parts, there)
         for adapter in group.adapters:
+            if adapter.span is not None:
+                continue
             own = adapted.adapters[adapter.kind][adapter.key]
             terms[adapter] = _term(adapted, group, adapter, own, array, dtype, there)
             if adapter.dora:
@@ -123,17 +128,42 @@ def _term(
     if adapter.kind != LORA:
         kind = dtype or table.dtype
         copy = lax.convert_element_type(jnp.asarray(unboxed(own)), kind)
-        copy = _where(there, copy, lax.convert_element_type(table, kind))
+        if there is not None:
+            copy = _where(there, copy, frozen(table).dense(tuple(table.shape), kind))
         return Dense(copy, adapter.key, adapter.sites)
-    dropout = float(adapted.plan.config.lora_dropout)
-    key = None
-    if dropout and adapted.rng is not None:
-        key = jax.random.fold_in(adapted.rng, key_number(adapter.key))
+    a, b = _pair(group, adapter, own)
+    scaling = _where(there, jnp.asarray(adapted.scaling[adapter.key]), 0)
+    key, rate = _dropout(adapted, adapter.key)
+    return LowRank(a, b, scaling, key, adapter.key, adapter.sites, rate)
+
+
+def _pair(group: GroupPlan, adapter: AdapterPlan, own: Any) -> tuple[Factor, Factor]:
     axes = group.axes(adapter)
     a, b = (Factor(jnp.asarray(unboxed(own[name])), axes[name]) for name in ("lora_a", "lora_b"))
-    scaling = _where(there, jnp.asarray(adapted.scaling[adapter.key]), 0)
-    rate = dropout if key is not None else 0.0
-    return LowRank(a, b, scaling, key, adapter.key, adapter.sites, rate)
+    return a, b
+
+
+def _dropout(adapted: Adapted, key: str) -> tuple[jax.Array | None, float]:
+    """Returns an adapter's random key and rate, if dropout is on."""
+    rate = float(adapted.plan.config.lora_dropout)
+    if not rate or adapted.rng is None:
+        return None, 0.0
+    return jax.random.fold_in(adapted.rng, key_number(key)), rate
+
+
+def _parts_term(
+    adapted: Adapted, group: GroupPlan, parts: Sequence[AdapterPlan], there: jax.Array | None
+) -> Term:
+    """Returns the adapters of a fused leaf's parts as one term: one product for all of them."""
+    pairs = []
+    for adapter in parts:
+        a, b = _pair(group, adapter, adapted.adapters[adapter.kind][adapter.key])
+        scaling = _where(there, jnp.asarray(adapted.scaling[adapter.key]), 0)
+        pairs.append((a, b.times(Factor(scaling, ()))))
+    spans = [a.span for a in parts if a.span is not None]
+    a, b = block(pairs, spans, group.shape)
+    key, rate = _dropout(adapted, group.key)
+    return LowRank(a, b, jnp.ones((), b.array.dtype), key, group.key, None, rate)
 
 
 def _member(

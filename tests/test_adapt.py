@@ -211,7 +211,7 @@ def test_densified_is_refused_or_allowed():
 
 def test_weight_that_is_handed_back():
     adapted = wrapped(W, ["w"])
-    with pytest.warns(tied_lora.DensifyWarning, match="'w' hands it back"):
+    with pytest.warns(tied_lora.DensifyWarning, match="'w' is handed back, as one array"):
         got = tied_lora.adapt(lambda p: p)(adapted)
     close(got, tied_lora.merge(adapted))
 

@@ -189,7 +189,7 @@ WRAP: list[Case] = [
     ("three axes and no sites", lambda i: i.wrap("q_proj"), ValueError,
      ["'q_proj/kernel' float32[8, 2, 4] has 3 axes", LINE]),
     ("three axes and other sites", lambda i: i.wrap("q_proj", sites=i.sites), ValueError,
-     ["'q_proj/kernel' float32[8, 2, 4]", "is not multiplied or looked up in these sites", LINE]),
+     ["'q_proj/kernel' float32[8, 2, 4]", "it is read at none of these sites", LINE]),
     ("all-linear without sites", lambda i: i.wrap(target_modules="all-linear"), ValueError,
      ['target_modules="all-linear"', LINE, "wrap(params, config, sites=sites)"]),
     ("all-linear with another model's sites",

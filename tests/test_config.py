@@ -12,6 +12,7 @@ import peft
 import pytest
 
 from flax_tied_lora._config import _NOT_YET, LoraConfig
+from flax_tied_lora._config_axes import OWN_FIELDS
 
 PEFT_FIELDS = {f.name: f for f in dataclasses.fields(peft.LoraConfig)}
 
@@ -68,8 +69,10 @@ REFUSED = {
 }
 
 
-def test_has_every_field_of_peft_and_no_other():
-    assert {f.name for f in dataclasses.fields(LoraConfig)} == set(PEFT_FIELDS)
+def test_has_every_field_of_peft_and_two_of_its_own():
+    ours = {f.name for f in dataclasses.fields(LoraConfig)}
+    assert ours == {*PEFT_FIELDS, *OWN_FIELDS}
+    assert not set(PEFT_FIELDS) & set(OWN_FIELDS)
 
 
 def test_each_field_of_peft_is_carried_out_or_refused():

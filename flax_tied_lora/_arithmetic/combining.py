@@ -16,7 +16,6 @@ from flax_tied_lora._arithmetic.lowrank import compressed, whole
 from flax_tied_lora._arithmetic.ranks import (
     check_single,
     layout_of,
-    limit_of,
     refuse_residual,
     same_base,
     with_patterns,
@@ -209,17 +208,17 @@ def _planned(
     """Returns the plan of the sum of parts; of targets that are a regex the union has another."""
     first, ranks = parts[0].plan, [p.plan.rank for p in parts]
     for part in parts[1:]:
-        if (part.plan.members, part.plan.sites) != (first.members, first.sites):
+        if any(getattr(part.plan, f) != getattr(first, f) for f in ("members", "sites", "span")):
             raise ValueError(
-                f"combine: {first.key!r} is for different call sites in the adapters; wrap them "
-                "with the same targets and ensure_weight_tying"
+                f"combine: {first.key!r} is for different call sites or parts in the adapters; "
+                "wrap them with the same targets, parts and ensure_weight_tying"
             )
     if how == "linear" and len(set(ranks)) > 1:
         raise ValueError(
             f"combine: how='linear' adds up factors of one rank, and {first.key!r} has the ranks "
             f"{ranks}; use how='cat' or how='svd', or arithmetic.padded"
         )
-    limit = limit_of(group)
+    limit = group.rank_limit(first)
     if rank is not None and not 1 <= rank <= limit:
         raise ValueError(
             f"combine: rank={rank} for {first.key!r} {list(group.shape)}; expected 1 to {limit}"
@@ -234,7 +233,8 @@ def _factors(
 ) -> dict[str, Any]:
     """Returns the factors of the sum of parts, boxed as the first part's."""
     batch, rows, cols = (
-        math.prod(group.shape[i] for i in axes) for axes in (group.batch, group.rows, group.cols)
+        math.prod(group.shape_of(adapter)[i] for i in axes)
+        for axes in (group.batch, group.rows, group.cols)
     )
     a = [_array(p.pair["lora_a"]).reshape(batch, rows, p.plan.rank) for p in parts]
     b = [_array(p.pair["lora_b"]).reshape(batch, p.plan.rank, cols) for p in parts]

@@ -81,6 +81,11 @@ def extract(
     left, errors, seen = {}, {}, set()
     for group in adapted.plan.groups:
         for adapter in group.adapters:
+            if adapter.span is not None:
+                raise ValueError(
+                    f"extract: {adapter.key!r} is for a part of {group.key!r}; leave parts out of "
+                    "the config: one pair of factors is for all of a leaf then"
+                )
             if adapter.sites is not None:
                 raise ValueError(
                     f"extract: {adapter.key!r} is for some call sites of {group.key!r} only, and "

@@ -22,11 +22,6 @@ from flax_tied_lora._quantized_array import array_of
 from flax_tied_lora._weights import shapes_of
 
 
-def limit_of(group: GroupPlan) -> int:
-    """Returns the largest rank that a group's matrix can have."""
-    return min(math.prod(group.shape[i] for i in side) for side in (group.rows, group.cols))
-
-
 def reboxed(old: Any, array: Any) -> Any:
     """Returns an array in the box of the factor that it comes in the place of."""
     return old.replace_boxed(array) if hasattr(old, "replace_boxed") else array
@@ -53,10 +48,10 @@ def with_ranks(what: str, adapted: Adapted, ranks: Mapping[str, int]) -> Adapted
                 f"{what}: {key!r} has rank {adapter.rank}, found rank {rank}, which does not hold "
                 "it. arithmetic.combine([adapted], [1.0], how='svd', rank=...) is the closest"
             )
-        if rank > limit_of(group):
+        if rank > group.rank_limit(adapter):
             raise ValueError(
                 f"{what}: rank {rank} for {key!r} {list(group.shape)}, which has rank "
-                f"{limit_of(group)} at most"
+                f"{group.rank_limit(adapter)} at most"
             )
         own = dict(lora[key])
         own["lora_a"] = filled(own["lora_a"], -1, rank)

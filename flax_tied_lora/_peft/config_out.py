@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._config_axes import OWN_KEY
 from flax_tied_lora._config_checks import as_tuple
 from flax_tied_lora._names.layout import TorchWeight
 from flax_tied_lora._names.mapping import Names
@@ -50,6 +51,7 @@ def config_of(
     """
     config = adapted.plan.config
     fields = config.to_dict()
+    fields.pop(OWN_KEY, None)  # PEFT warns of what it does not know
     lora = [p for p in placed if p.adapter.kind == LORA]
     saved = [p for p in placed if p.adapter.kind == MODULES_TO_SAVE]
     tied = [p for p in (*lora, *saved) if len(p.modules) > 1 and not p.weights[0].part]

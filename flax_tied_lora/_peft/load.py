@@ -18,6 +18,7 @@ from flax_tied_lora._peft.config_out import Placed
 from flax_tied_lora._peft.errors import AdapterFileError
 from flax_tied_lora._peft.files import CONFIG, AdapterFiles, read_adapter
 from flax_tied_lora._peft.named import Content, content_of
+from flax_tied_lora._peft.parts_in import with_parts
 from flax_tied_lora._peft.save import all_slots
 from flax_tied_lora._peft.slots import PREFIX, Slot, modules_of
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS
@@ -38,7 +39,9 @@ def load_adapter(
     """Returns params with the adapter that PEFT's ``save_pretrained`` or `save_adapter` wrote.
 
     What is adapted follows from the tensors in the file; ranks, scalings and all else from its
-    config, which the plan keeps as it is written. A config without ``ensure_weight_tying`` means
+    config, which the plan keeps as it is written. A fused leaf whose parts are modules of their own
+    in PyTorch has one pair of factors where theirs agree on what they share, and else one for each
+    (`LoraConfig.parts`). A config without ``ensure_weight_tying`` means
     False, as in PEFT. Tensors are read one at a time.
 
     Args:
@@ -84,6 +87,9 @@ def load_adapter(
             ties_among(flatten(params)[0], ties, sites=sites)
         try:
             adapted = wrap_as(asked, params, content.hits, sites=sites, ties=ties)
+            cut = with_parts(files, content, asked, adapted.plan, names)
+            if cut is not asked:
+                adapted = wrap_as(cut, params, content.hits, sites=sites, ties=ties)
         except ValueError as error:
             raise AdapterFileError(
                 f"{files.directory}: {error}; expected an adapter that fits the params"

@@ -77,6 +77,13 @@ def modules_of(
         if len(own) == 1 and not adapter.members:
             own += tied_to(member.path, own[0], names, leaves)
         found += [_turned(w) if member.transposed else w for w in own]
+    if adapter.span is not None:
+        found = [w for w in found if _is_inside(w, adapter.span)]
+        if not found:
+            raise ValueError(
+                f"{adapter.key!r} is for a part of {group.key!r} that is no module of its own in "
+                "PyTorch; merge it, or wrap without parts"
+            )
     if adapter.sites is not None:
         found = [w for w in found if _meant(w, adapter)]
         if not found:
@@ -85,6 +92,11 @@ def modules_of(
                 "own in PyTorch"
             )
     return list({w.name: w for w in found}.values())
+
+
+def _is_inside(weight: TorchWeight, span: tuple[int, int, int]) -> bool:
+    axis, start, stop = span
+    return any(a == axis and start <= i < stop for a, i in weight.part)
 
 
 def _meant(weight: TorchWeight, adapter: AdapterPlan) -> bool:
@@ -232,6 +244,8 @@ def _slot(
 ) -> Slot:  # fmt: skip
     axes, shape = group.axes(adapter)[array], group.shapes(adapter)[array]
     part = dict(weight.part)
+    if adapter.span is not None and adapter.span[0] in part:
+        part[adapter.span[0]] -= adapter.span[1]
     index = tuple(part.get(axis, slice(None)) for axis in axes)
     left = [axis for axis in axes if axis not in part]
     size = dict(zip(axes, shape, strict=True))

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._factor import Factor, MixedAxesError
+from flax_tied_lora._factor import Cost, Factor, MixedAxesError, accumulator
 from flax_tied_lora._rules import rule
 from flax_tied_lora._rules.layout import drop, same_axes
-from flax_tied_lora._weight import Weight
+from flax_tied_lora._sites import OTHER
+from flax_tied_lora._weight import LowRank, Weight
+from flax_tied_lora._weight import add as total_of
 
 
 @rule("split")
@@ -107,7 +109,9 @@ def _padded(term: Any, margins: Mapping[int, Sequence[int]]) -> Any:
 @rule("add", "add_any", "sub")
 def add(context, eqn, lhs, rhs):
     """Two weights of one shape: their dense parts are added, their deltas stand side by side."""
-    if not (isinstance(lhs, Weight) and isinstance(rhs, Weight)) or lhs.shape != rhs.shape:
+    if not isinstance(lhs, Weight) or not isinstance(rhs, Weight):
+        return _to_data(context, eqn, lhs, rhs)
+    if lhs.shape != rhs.shape:
         return NotImplemented
     left, right = lhs.folded(), rhs.folded()
     (left_dense, deltas), (right_dense, others) = left.parted(), right.parted()
@@ -116,6 +120,33 @@ def add(context, eqn, lhs, rhs):
         others = tuple(term.times(minus) for term in others)
     dense = context.run(eqn, [left_dense, right_dense])[0]
     return [Weight.of(dense, (*deltas, *others), (*left.origins, *right.origins))]
+
+
+def _to_data(context, eqn, lhs, rhs):
+    """A weight beside data, as a table of positions is: it is repeated, its delta is not."""
+    weight = lhs if isinstance(lhs, Weight) else rhs
+    if not any(t.group for t in weight.terms) or any(t.sites is not None for t in weight.terms):
+        return NotImplemented
+    varying = {a for t in weight.terms if not t.whole for a in t.factor_axes()}
+    if not any(n == 1 or i not in varying for i, n in enumerate(weight.shape)):
+        return NotImplemented  # not repeated: what is made is a matrix of the weight's size
+    terms, read = context.read(eqn.primitive.name, weight, OTHER)
+    aval, cost = eqn.outvars[0].aval, Cost()
+    accumulate, order = accumulator(aval.dtype), range(len(weight.shape))
+    total = total_of([
+        term.product(order, weight.shape, aval.dtype, cost) if isinstance(term, LowRank)
+        else term.dense(weight.shape, accumulate)
+        for term in terms
+    ])  # fmt: skip
+    if weight.scale is not None:
+        total *= weight.scale.astype(accumulate).spread(order, weight.shape)
+    read(cost)
+    pair = [
+        jnp.broadcast_to(total if isinstance(x, Weight) else x, aval.shape).astype(accumulate)
+        for x in (lhs, rhs)
+    ]
+    out = lax.sub(*pair) if eqn.primitive.name == "sub" else lax.add(*pair)
+    return [lax.convert_element_type(out, aval.dtype)]
 
 
 @rule("stack")

@@ -88,7 +88,7 @@ def broadcast_in_dim(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
 
 def _reshape_groups(eqn: Any) -> list[tuple[list[int], list[int]]]:
     """Returns the finest ``(operand axes, result axes)`` that a reshape maps onto one another."""
-    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    before, after = _permuted(eqn), eqn.outvars[0].aval.shape
     groups, i, o = [], 0, 0
     while i < len(before) or o < len(after):
         ins, outs = [], []
@@ -108,19 +108,31 @@ def _reshape_groups(eqn: Any) -> list[tuple[list[int], list[int]]]:
     return groups
 
 
+def _order(eqn: Any) -> list[int]:
+    """Returns the order in which a reshape takes the axes of its operand: `vmap` changes it."""
+    dimensions = eqn.params.get("dimensions")
+    return list(range(eqn.invars[0].aval.ndim) if dimensions is None else dimensions)
+
+
+def _permuted(eqn: Any) -> list[int]:
+    return [eqn.invars[0].aval.shape[i] for i in _order(eqn)]
+
+
 def _reshape_axes(eqn: Any) -> Axes:
     held: list[Sequence[int]] = [()] * eqn.outvars[0].aval.ndim
+    order = _order(eqn)
     for ins, outs in _reshape_groups(eqn):
         for o in outs:
-            held[o] = ins
+            held[o] = [order[i] for i in ins]
     return held
 
 
 @_layout("reshape", axes=_reshape_axes)
 def reshape(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
-    if dynamic_shape or eqn.params.get("dimensions") is not None:
+    if dynamic_shape:
         raise MixedAxesError
-    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    before, after = _permuted(eqn), eqn.outvars[0].aval.shape
+    factor = factor.relabel(_order(eqn).index)
     labels: list[Any] = []
     unit: list[int] = []
     for ins, outs in _reshape_groups(eqn):

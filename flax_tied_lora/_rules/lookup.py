@@ -37,7 +37,7 @@ def gather(context, eqn, weight, indices):
         held[position] = (axis,)
     if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         for term in weight.terms:
-            if not (term.whole or term.stored) and set(indexed) - set(_axes_of(term)):
+            if not (term.whole or term.stored) and set(indexed) - term.factor_axes():
                 return NotImplemented  # the delta is constant there, and 0 where the index is out
     # Beside axes of which one entry is picked, a window over others is a choice of columns.
     rows = [a for a in indexed if a in dims.collapsed_slice_dims] or indexed
@@ -52,12 +52,6 @@ def gather(context, eqn, weight, indices):
 def _survives(fill: Any) -> bool:
     """Returns whether a fill value is the same times any scale."""
     return fill is None or fill == 0 or bool(fill != fill)
-
-
-def _axes_of(term: Any) -> set[Any]:
-    """Returns the axes along which a delta varies."""
-    factors = [x for x in vars(term).values() if isinstance(x, Factor)]
-    return {a for factor in factors for a in factor.axes}
 
 
 def _is_whole(eqn: Any, axis: int) -> bool:
@@ -94,7 +88,7 @@ def _pick(
         return [weight.rearrange(aval, run, move, held)]
     if context.stays_weight(eqn.primitive.name, weight, indexed):
         origins = tuple(
-            dataclasses.replace(o, picked=o.on_leaf(indexed), picked_by=eqn.primitive.name)
+            dataclasses.replace(o, picked=o.on_leaf(rows), picked_by=eqn.primitive.name)
             for o in weight.origins
         )
         picked = weight.replace(origins=origins).rearrange(aval, run, move, held)

@@ -21,14 +21,29 @@ from tests.peft.test_merged_export_torch import READS, reads
 from tests.peft.test_names_torch import BODY, TORCH, torch_of_tunix
 
 
-@pytest.mark.parametrize("kind", ["llama3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_fused"])
-def test_there_and_back(kind, tmp_path):
+def fused(kind):
+    return f"layers/0/attn/{'qkv' if kind.endswith('fused') else 'kv'}_einsum/w"
+
+
+@pytest.mark.parametrize(("kind", "parts"), [
+    *((kind, ()) for kind in ("llama3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_fused")),
+    ("gemma3", ("k", "v")), ("gemma3", ("v",)), ("gemma3_fused", ("q", "k", "v")),
+])  # fmt: skip
+def test_there_and_back(kind, parts, tmp_path):
+    """Parts: of the fused kernel, those that have factors of their own."""
     names, shapes = tunix_names(kind), TUNIX[kind][2]
     flat = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
     template = traverse_util.unflatten_dict(flat, sep="/")
     params = from_state_dict(torch_of_tunix(kind), template, names)
-    targets = [path for path in READS if path in shapes]
-    config = tied_lora.LoraConfig(r=4, target_modules=["embedder/input_embedding", *targets])
+    targets = [path for path in READS if path in shapes and not (parts and path == fused(kind))]
+    every = "qkv" if kind.endswith("fused") else "kv"
+    config = tied_lora.LoraConfig(
+        r=4,
+        target_modules=[
+            "embedder/input_embedding", *targets, *(f"{fused(kind)}:{p}_proj" for p in parts)
+        ],
+        parts={fused(kind): (0, [f"{p}_proj" for p in every])} if parts else {},
+    )  # fmt: skip
     sites = tied_lora.trace(reads, params)
     adapted = perturbed(tied_lora.wrap(params, config, sites=sites), size=0.1)
     save_adapter(tmp_path, adapted, names)
@@ -44,7 +59,7 @@ def test_there_and_back(kind, tmp_path):
         theirs = peft.PeftModel.from_pretrained(base, tmp_path).base_model.model
     expected = to_state_dict(tied_lora.merge(adapted), names, duplicates=True)
     layers = {n: m for n, m in theirs.named_modules() if hasattr(m, "get_delta_weight")}
-    assert len(layers) >= len(targets) + 2
+    assert len(layers) >= len(targets) + max(2, 1 + len(parts))
     for name, layer in layers.items():
         with torch.no_grad():
             found = layer.base_layer.weight + layer.get_delta_weight("default")
@@ -53,6 +68,7 @@ def test_there_and_back(kind, tmp_path):
         )
 
     again = load_adapter(tmp_path, params, names, sites=sites)
+    assert {a.key for _, a in again.plan.adapters()} == {a.key for _, a in adapted.plan.adapters()}
     assert jax.tree.structure(again.adapters) == jax.tree.structure(adapted.adapters)
     for ours, back in zip(*map(jax.tree.leaves, (adapted.adapters, again.adapters)), strict=True):
         np.testing.assert_array_equal(ours, back)
