@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from flax_tied_lora._reasons import QUANTIZED, reason_for
-from flax_tied_lora._sites import Read
+from flax_tied_lora._sites import DENSE, DEQUANTISED, Read
 
 
 class DensifyWarning(UserWarning):
@@ -22,7 +22,7 @@ def densified(read: Read) -> str:
     site = read.site
     where = f" in {site.scope!r}" if site.scope else ""
     what = "is handed back" if site.operation == "return" else f"is read by {site.operation!r}"
-    if not read.groups:  # there is no adapter, and a plain weight is none to add up
+    if read.served == DEQUANTISED:
         return (
             f"adapt: {site.leaf!r}, which is stored quantised, {what}{where}, {QUANTIZED}; it was "
             f"dequantised into one array of {read.bytes:,} bytes. Leave it out of what is "
@@ -38,5 +38,5 @@ def densified(read: Read) -> str:
 
 def warn_of_dense(reads: Sequence[Read], stacklevel: int = 3) -> None:
     """Warns once for each call site that had its weight added up."""
-    for read in dict.fromkeys(r for r in reads if r.served == "dense"):
+    for read in dict.fromkeys(r for r in reads if r.served in (DENSE, DEQUANTISED)):
         warnings.warn(densified(read), DensifyWarning, stacklevel=stacklevel)

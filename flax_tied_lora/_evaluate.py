@@ -19,7 +19,16 @@ from flax_tied_lora import _rules
 from flax_tied_lora._densify import DensifyError, densified
 from flax_tied_lora._factor import Cost
 from flax_tied_lora._provenance import Provenance
-from flax_tied_lora._sites import LOOKUP, OTHER, PROJECTION, CallSite, Read, module_scope
+from flax_tied_lora._sites import (
+    DENSE,
+    DEQUANTISED,
+    LOOKUP,
+    OTHER,
+    PROJECTION,
+    CallSite,
+    Read,
+    module_scope,
+)
 from flax_tied_lora._weight import LowRank, Term, Weight
 
 OnDense = Literal["warn", "error", "allow"]
@@ -243,7 +252,8 @@ class Context:
 
         def read(leaf: str, scope: str) -> Read:
             site = CallSite(leaf, operation, scope=module_scope(scope), role=OTHER)
-            return Read(site, "dense", groups, 0, _bytes(weight))
+            served = DEQUANTISED if all(t.stored for t in terms) else DENSE
+            return Read(site, served, groups, 0, _bytes(weight))
 
         self.reads += [read(o.leaf, self.here) for o in weight.origins]
         if self.on_dense == "error":

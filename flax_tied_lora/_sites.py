@@ -79,7 +79,8 @@ class Read:
     Attributes:
       site: the call site.
       served: ``"low rank"``, ``"rows"`` (some rows are replaced), ``"copy"`` (a trainable copy of
-        the whole), ``"dense"`` (the weight was added up), or ``"plain"`` (as it was).
+        the whole), ``"dense"`` (the weight was added up), ``"plain"`` (as it was), ``"quantised"``
+        (as it is stored), or ``"dequantised"`` (into one array).
       groups: keys of the adapters that were applied.
       flops, bytes: what it cost beyond the unadapted operation.
     """
@@ -89,6 +90,10 @@ class Read:
     groups: tuple[str, ...] = ()
     flops: int = 0
     bytes: int = 0
+
+
+# How a site is served where an array of the weight's size is made for it.
+DENSE, DEQUANTISED = "dense", "dequantised"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -238,7 +238,7 @@ class TestAttributes:
 
     def test_a_property_that_computes_with_weights(self):
         model = adapted()
-        with pytest.warns(tied_lora.DensifyWarning, match="hands it back"):
+        with pytest.warns(tied_lora.DensifyWarning, match="is handed back"):
             table = model.table
         close(table, tied_lora.nnx.merge(model).table)
 

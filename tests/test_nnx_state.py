@@ -177,7 +177,7 @@ class TestState:
         model = subclass(call)
         model.copy = nnx.Variable(jnp.zeros((WIDTH, WIDTH)))
         model.first, model.second = nnx.Variable(jnp.zeros(2)), nnx.Variable(jnp.ones(2))
-        with pytest.warns(tied_lora.DensifyWarning, match="'up/kernel' hands it back"):
+        with pytest.warns(tied_lora.DensifyWarning, match="'up/kernel' is handed back"):
             run(model, TOKENS)
         close(model.copy[...], tied_lora.nnx.merge(model).up.kernel[...])
         close((model.first[...], model.second[...]), (jnp.ones(2), jnp.zeros(2)))

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,20 @@ def tensorflow_by_name() -> Iterator[None]:
         del sys.modules["tensorflow"]
 
 
-with warnings.catch_warnings(), tensorflow_by_name():
+@contextlib.contextmanager
+def flax_as_it_was() -> Iterator[None]:
+    """Puts ``nn.Module.param`` back, for which gemma, when imported, has one of its own.
+
+    Its own passes a dtype to initialisers, for every model of the process; a test needs none.
+    """
+    param = nn.Module.param
+    try:
+        yield
+    finally:
+        nn.Module.param = param
+
+
+with warnings.catch_warnings(), tensorflow_by_name(), flax_as_it_was():
     # What gemma imports uses what newer releases of their own dependencies deprecate.
     warnings.simplefilter("ignore")
     from gemma import gm
