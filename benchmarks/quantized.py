@@ -1,0 +1,98 @@
+"""A quantised base beside the float32 one: SmolLM2-135M, the demo's text, the same steps.
+
+python benchmarks/quantized.py --steps 100
+
+Prints and stores bytes, the compiled step's temporary memory, held-out losses and seconds a step
+(median; one case after the other, so of the times only large differences mean anything).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import corpus
+import finetune_smollm2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import smollm2
+import training
+
+import flax_tied_lora as tied_lora
+
+FLOAT = "float32"
+MIB = 2**20
+
+
+def finetuned(qtype: str, steps: int) -> dict[str, float]:
+    """Returns what the same steps on a base come to."""
+    options = ["--steps", str(steps), "--held-out-tokens", "3000"]
+    options += ["--output", tempfile.gettempdir()]  # nothing is written
+    options += [] if qtype == FLOAT else ["--quantize", qtype]
+    args = finetune_smollm2.parser().parse_args(options)
+    job = training.Job(args)
+    tokens = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
+    sites = tied_lora.trace(job.apply_plain, job.params, tokens)
+    config = tied_lora.LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=args.targets)
+    adapted = tied_lora.wrap(job.params, config, sites=sites, ties=smollm2.TIES)
+    explanation = tied_lora.explain(job.apply_plain, adapted, tokens)
+    explanation.assert_tied()
+    assert {r.served for r in explanation.reads} <= {"low rank", "plain", "quantised"}
+
+    def loss(adapted: tied_lora.Adapted) -> float:
+        batches = job.held_out.reshape(-1, args.batch, args.length + 1)
+        return float(np.mean([job.loss(adapted, jnp.asarray(rows)) for rows in batches]))
+
+    before = loss(adapted)
+    adapters, frozen = adapted.adapters, adapted.replace(adapters=None)
+    state = job.optimizer.init(adapters)
+    rows = map(jnp.asarray, corpus.batches(job.train_tokens, args.batch, args.length, 0, 0))
+    step = job.train_step.lower(adapters, state, frozen, next(rows), 0).compile()
+    seconds = []
+    for number, batch in enumerate(itertools.islice(rows, steps)):
+        start = time.perf_counter()
+        adapters, state, last = step(adapters, state, frozen, batch, number)
+        last.block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return {
+        "bytes": tied_lora.stored_bytes(adapted),
+        "temporary": step.memory_analysis().temp_size_in_bytes,
+        "before": before,
+        "after": loss(adapted.replace(adapters=adapters)),
+        "seconds": statistics.median(seconds),
+    }
+
+
+def main() -> None:
+    import _harness
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--qtypes", nargs="+", default=["int8", "nf4", "int4"])
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    print("| base | stored | of float32 | temporary memory | loss before | after | s / step |")
+    print("|---|---|---|---|---|---|---|")
+    for qtype in [FLOAT, *args.qtypes]:
+        one = found[qtype] = finetuned(qtype, args.steps)
+        share = one["bytes"] / found[FLOAT]["bytes"]
+        print(
+            f"| {qtype} | {one['bytes'] / MIB:.1f} MiB | {share:.3f} | "
+            f"{one['temporary'] / MIB:.1f} MiB | {one['before']:.3f} | {one['after']:.3f} | "
+            f"{one['seconds']:.2f} |",
+            flush=True,
+        )
+    _harness.store("quantized", {"steps": args.steps, "bases": found})
+
+
+if __name__ == "__main__":
+    main()
