@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flax_tied_lora._factor import pytree
 from flax_tied_lora._factors import typed_key, unboxed
@@ -177,11 +178,24 @@ def summary(adapted: Adapted) -> str:
         if not isinstance(x, TiedLeaf) and hasattr(x, "shape")
     )
     header = ("group", "also read as", "tied by", "shape", "adapter", "trainable")
+    slots = _slots(adapted)
+    trainable *= slots or 1
     share = 100 * trainable / max(frozen + trainable, 1)
     return (
         f"{table(header, rows)}\n"
         f"trainable: {trainable:,} of {frozen + trainable:,} parameters ({share:.2f} %)"
+        + (f", in {slots} slots" if slots is not None else "")
     )
+
+
+def _slots(adapted: Adapted) -> int | None:
+    """Returns how many adapters are stacked; None if they are not."""
+    for group, adapter in adapted.plan.adapters():
+        own = adapted.adapters[adapter.kind][adapter.key]
+        for name, shape in group.shapes(adapter).items():
+            found = jnp.shape(unboxed(own[name] if name else own))
+            return found[0] if len(found) > len(shape) else None
+    return None
 
 
 def _rows(group: GroupPlan) -> list[tuple[Any, ...]]:

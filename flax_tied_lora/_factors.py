@@ -205,16 +205,10 @@ def _names(names: Any, axes: Sequence[Any]) -> list[Any]:
 
 def boxes_of(params: Any) -> dict[str, Any]:
     """Returns the boxes of a params pytree by the path of the leaf that each holds."""
-
-    def is_box(x: Any) -> bool:
-        return isinstance(x, meta.AxisMetadata)
-
     if not any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))):
         return {}
-    pairs, _ = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
-    )
-    return {path_name(p): x for p, x in pairs if isinstance(x, meta.AxisMetadata)}
+    pairs, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)
+    return {path_name(p): x for p, x in pairs if is_box(x)}
 
 
 def _boxed(box: Any, axes: Sequence[Any], array: Any) -> Any:
@@ -228,4 +222,16 @@ def _boxed(box: Any, axes: Sequence[Any], array: Any) -> Any:
 
 def unboxed(factor: Any) -> Any:
     """Returns the array of a factor, boxed or not."""
-    return factor.unbox() if isinstance(factor, meta.AxisMetadata) else factor
+    if not is_box(factor):
+        return factor
+    # Mapped over slots by `jax.vmap`, the array lacks the box's first axis.
+    return factor.value if len(factor.names) > jnp.ndim(factor.value) else factor.unbox()
+
+
+def with_slots(factor: Any) -> Any:
+    """Returns a factor whose box, if it has one, has an axis of slots before the others."""
+    return factor.add_axis(0, {meta.PARTITION_NAME: None}) if is_box(factor) else factor
+
+
+def is_box(node: Any) -> bool:
+    return isinstance(node, meta.AxisMetadata)

@@ -73,6 +73,7 @@ def check_alike(what: str, one: AdapterPlan, other: AdapterPlan) -> None:
         ("residual", "started from the weight (PiSSA, OLoRA) in one and not in another"),
         ("members", "is for other leaves of its group"),
         ("sites", "is for other call sites"),
+        ("span", "is another part of the leaf"),
     ):
         if getattr(one, name) != getattr(other, name):
             raise ValueError(

@@ -59,7 +59,7 @@ def labels_by(
       rules: the first that fits gives the label. An int is the index of a layer, counted as by
         ``layers_to_transform``; a string a regex for a leaf's or module's path, or for its last
         parts, as in ``rank_pattern``. Any member of a tie group will do; of a separate adapter its
-        name (``"lm_head"``), or key.
+        name (``"lm_head"``), or key; of a part of a fused leaf ``"qkv_proj:q"``, too.
       default: label of what no rule fits.
 
     Returns:
@@ -146,7 +146,8 @@ def _check_rules(rules: Any, default: Any) -> None:
 def _names(group: GroupPlan, adapter: AdapterPlan) -> list[str]:
     """Returns the paths that a rule may mean an adapter by."""
     paths = adapter.members if adapter.separate else [m.path for m in group.members]
-    names = [adapter.key, adapter.name, *paths, *map(module_of, paths)]
+    paths = [*paths, *map(module_of, paths)]
+    names = [adapter.key, adapter.name, *paths, *map(adapter.named, paths)]
     return [name for name in dict.fromkeys(names) if name]
 
 

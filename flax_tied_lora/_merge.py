@@ -79,7 +79,7 @@ def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | Non
     Members that are stored as the canonical leaf are the same array again.
 
     Args:
-      adapted: what to merge. It stays as it is.
+      adapted: what to merge; of stacked adapters one that is selected. It stays as it is.
       dtype: of the merged leaves; by default each keeps its own. In bfloat16 a small delta is
         partly lost in rounding: a merge to float32 keeps it.
       untie: for a leaf with separate adapters, which one array cannot hold: name of the part ->
@@ -90,19 +90,20 @@ def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | Non
 
     Raises:
       TypeError: not an `Adapted`; ``dtype`` is not floating point; ``untie`` is no dict.
-      ValueError: the adapters are stacked; a leaf has separate adapters and ``untie`` does not say
-        where they go; or what it names is unknown, or in the way.
+      ValueError: the adapters are stacked, and not one is selected; a leaf has separate adapters
+        and ``untie`` does not say where they go; or what it names is unknown, or in the way.
     """
     check_adapted("merge", adapted)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"merge: dtype={dtype!r}; expected a floating-point dtype")
     if untie is not None and not isinstance(untie, Mapping):
         raise TypeError(f"merge: untie={untie!r}; expected a dict, name of the part -> leaf path")
+    one = adapted.slot is not None and jnp.ndim(adapted.slot) == 0
     for key, name, found, expected in shapes_of(adapted):
-        if len(found) != len(expected):
+        if len(found) != len(expected) + one:
             raise ValueError(
                 f"merge: {name} of {key!r} is {list(found)}, expected {list(expected)}: stacked "
-                "adapters are merged one by one"
+                "adapters are merged one by one, merge(tied_lora.select(stacked, 0))"
             )
     leaves, _ = flatten(adapted.params)
     weights = weights_of(adapted.eval(), leaves, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,9 +106,9 @@ class AdaptedModel:
         """
         return self._with(_checked(adapted, "adapted"))
 
-    def merge(self, *, dtype: Any = None) -> Any:
+    def merge(self, *, dtype: Any = None, untie: Mapping[str, str] | None = None) -> Any:
         """Returns plain params with the deltas added, for the unadapted model; see `merge`."""
-        return merge(self._adapted, dtype=dtype)
+        return merge(self._adapted, dtype=dtype, untie=untie)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with the adapted params; arguments and results are the model's."""

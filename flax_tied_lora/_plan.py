@@ -65,6 +65,10 @@ class AdapterPlan:
         """Whether it is for a part of its group only."""
         return bool(self.members) or self.sites is not None
 
+    def named(self, module: str) -> str:
+        """What the user calls it by a module's or leaf's name: of a part with ``:<part>``."""
+        return f"{module}:{self.name}" if self.span else module
+
     def covers(self, path: str) -> bool:
         """Whether it is for reads of a member of its group."""
         return not self.members or path in self.members

@@ -13,6 +13,7 @@ import numpy as np
 
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._arithmetic.ranks import check_single, refuse_residual, same_base
+from flax_tied_lora._factors import is_box, with_slots
 from flax_tied_lora._fitting import common_plan, fitted
 from flax_tied_lora._merge import check_adapted
 from flax_tied_lora._paths import describe, is_tracer
@@ -84,7 +85,7 @@ def stack(
         kind = functools.reduce(np.promote_types, (x.dtype for x in arrays))
         return jnp.stack([jnp.asarray(x, kind) for x in arrays])
 
-    adapters, scaling = jax.tree.map(stacked, *parts)
+    adapters, scaling = jax.tree.map(with_slots, jax.tree.map(stacked, *parts), is_leaf=is_box)
     return dataclasses.replace(adapteds[0], adapters=adapters, scaling=scaling, plan=plan)
 
 
@@ -116,7 +117,7 @@ def put(stacked: Adapted, slot: Any, adapted: Adapted | None) -> Adapted:
         check_single("put", adapted)
         same_base("put", stacked, adapted)
     new = fitted("put", adapted, stacked.plan, stacked.params)
-    old = stacked.adapters, stacked.scaling
+    new, old = jax.tree.map(with_slots, new, is_leaf=is_box), (stacked.adapters, stacked.scaling)
     adapters, scaling = _placed(_written(old, new, slot), old)
     return dataclasses.replace(stacked, adapters=adapters, scaling=scaling)
 

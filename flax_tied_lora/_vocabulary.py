@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._factors import key_number, typed_key, uncommitted
 from flax_tied_lora._growth import grown
 from flax_tied_lora._paths import describe, flatten, is_marker
+from flax_tied_lora._quantized_array import is_quantized
 from flax_tied_lora._sites import CallSites
 from flax_tied_lora._ties import Member, TieGroup, ties_among
 from flax_tied_lora._vocabulary_adapters import grown_adapters
@@ -108,7 +110,7 @@ def grow_vocabulary(
     Raises:
       ValueError: there are more tokens already; it is not clear whether a leaf belongs to the
         vocabulary; a sharded axis cannot be split so; a shape is wrong.
-      TypeError: an argument is of the wrong type.
+      TypeError: an argument is of the wrong type; a leaf to grow is stored quantised.
 
     Example::
 
@@ -118,6 +120,12 @@ def grow_vocabulary(
       adapted = tied_lora.wrap(params, config)
     """
     rng = uncommitted(jax.random.key(0) if rng is None else typed_key(WHAT, rng))
+    if isinstance(params, nnx.Module):
+        raise TypeError(
+            f"{WHAT}: found the nnx.Module {type(params).__name__}; grow its state, "
+            "nnx.state(module, nnx.Param), or tied_lora.nnx.adapted(module), and put it into a "
+            "module of the new size, by nnx.update or tied_lora.nnx.from_adapted"
+        )
     adapted = params if isinstance(params, Adapted) else None
     own, treedef = flatten(params if adapted is None else adapted.params)
     if adapted is None:
@@ -133,6 +141,7 @@ def grow_vocabulary(
     axes = {p: axes[p] for p in [*embedding.paths, *axes]}
     old_size = own[embedding.key].shape[axes[embedding.key]]
     vocabulary = _vocabulary(n_tokens, old_tokens, old_size, pad_to_multiple_of, axes)
+    _check_arrays(own, axes)
     inits = _inits(init, own, axes, embedding)
 
     new = dict(own)
@@ -157,6 +166,15 @@ def _check_plain(leaves: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"{WHAT}: {path!r} is a marker of a tie group: these are the params of an Adapted; "
                 "pass the Adapted"
+            )
+
+
+def _check_arrays(leaves: Mapping[str, Any], axes: Mapping[str, int]) -> None:
+    for path in axes:
+        if is_quantized(leaves[path]):
+            raise TypeError(
+                f"{WHAT}: {path!r} is stored quantised; grow it first, then quantize, or "
+                "dequantize it before"
             )
 
 

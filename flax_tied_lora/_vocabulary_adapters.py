@@ -31,7 +31,8 @@ def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, 
       axes: the vocabulary's axis of every leaf that has grown.
 
     Raises:
-      ValueError: the adapters are stacked; a leaf's vocabulary is neither its rows nor its columns.
+      ValueError: the adapters are stacked; a leaf's vocabulary is neither its rows nor its columns,
+        or cut into parts.
     """
     for key, name, found, expected in shapes_of(adapted):
         if len(found) != len(expected):
@@ -53,6 +54,11 @@ def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, 
             raise ValueError(
                 f"{WHAT}: {group.key!r} is walked along axis {axis}, step by step; expected its "
                 "vocabulary along the rows or columns of its factors. Check leaves"
+            )
+        if adapter.span is not None and adapter.span[0] == axis:
+            raise ValueError(
+                f"{WHAT}: {adapter.key!r} is for a part of {group.key!r} along its vocabulary, and "
+                "new tokens would belong to none; grow the params, and wrap them with other parts"
             )
         kind, args = adapters[adapter.kind], (group, adapter, axis, keep, leaves[group.key])
         old = kind[adapter.key]

@@ -12,7 +12,7 @@ from jax import lax
 
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._factor import RANK, Cost, Factor, accumulator, contract
-from flax_tied_lora._factors import key_number, unboxed
+from flax_tied_lora._factors import is_box, key_number, unboxed
 from flax_tied_lora._fused import block
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._quantized import Quantized, frozen
@@ -100,9 +100,10 @@ def _selected(adapted: Adapted) -> tuple[Adapted, jax.Array | None]:
     count = count or jax.tree.leaves(adapted.adapters)[0].shape[0]
 
     def of_slot(array: Any) -> Any:
-        return lax.dynamic_index_in_dim(jnp.asarray(array), slot, keepdims=False)
+        return lax.dynamic_index_in_dim(jnp.asarray(unboxed(array)), slot, keepdims=False)
 
-    adapters, scaling = jax.tree.map(of_slot, (adapted.adapters, adapted.scaling))
+    both = adapted.adapters, adapted.scaling
+    adapters, scaling = jax.tree.map(of_slot, both, is_leaf=is_box)
     one = dataclasses.replace(adapted, adapters=adapters, scaling=scaling, slot=None)
     # A slot that is not there serves nobody's adapter, rather than its neighbour's.
     return one, (slot >= 0) & (slot < count)

@@ -39,7 +39,8 @@ def scale(adapted: Adapted, factor: Any) -> Adapted:
       adapted: as `wrap` returns it, or stacked.
       factor: a number, negative or zero too; for stacked adapters also an array, one for each. Or a
         dict from the name of an adapter to one of them: its key, its leaf or its module, whole or
-        the last parts (``"q_proj"``), or the name of a separate adapter. Others stay as they are.
+        the last parts (``"q_proj"``; of a fused leaf's part ``"qkv_proj:q"``), or the name of a
+        separate adapter. Others stay as they are.
 
     Raises:
       ValueError: a name that fits no adapter, or two that fit one; a number for all where something
@@ -101,7 +102,8 @@ def _is_named(name: str, group: GroupPlan, adapter: AdapterPlan) -> bool:
     paths = [m.path for m in group.members if adapter.covers(m.path)]
     if adapter.separate and not adapter.members:
         return False  # other call sites of the leaf are another adapter's
-    return any(matches((name,), p) for path in paths for p in (path, module_of(path)) if p)
+    modules = [p for path in paths for p in (path, module_of(path)) if p]
+    return any(matches((name,), p) for m in modules for p in (m, adapter.named(m)))
 
 
 def switch(adapted: Adapted, other: Adapted) -> Adapted:

@@ -25,8 +25,10 @@ from flax_tied_lora._nnx.making import boxed, with_aliases
 from flax_tied_lora._nnx.module import AdaptedModule as AdaptedModule
 from flax_tied_lora._nnx.module import LoRADropout as LoRADropout
 from flax_tied_lora._nnx.module import Scaling as Scaling
+from flax_tied_lora._nnx.module import Slot as Slot
 from flax_tied_lora._nnx.module import as_adapted, evaluated_call
 from flax_tied_lora._paths import flatten, path_name
+from flax_tied_lora._quantized_array import is_quantized
 from flax_tied_lora._sites import CallSites
 from flax_tied_lora._trace import trace as _trace
 from flax_tied_lora._wrap import wrap_as
@@ -81,12 +83,12 @@ def wrap(
 def from_adapted(module: nnx.Module, adapted: Adapted) -> AdaptedModule:
     """Returns a module with the adapters of an `Adapted` of its params, and with these params.
 
-    For what `peft.load_adapter`, `checkpoint.restore` and `arithmetic` return; the params that they
-    take are `params`'s.
+    For what `peft.load_adapter`, `checkpoint.restore`, `arithmetic` and `select` return; the params
+    that they take are `params`'s.
 
     Raises:
       TypeError: not an `nnx.Module` and an `Adapted`.
-      ValueError: the module has no such params.
+      ValueError: the module has no such params; or they are stored quantised.
 
     Example::
 
@@ -102,6 +104,14 @@ def from_adapted(module: nnx.Module, adapted: Adapted) -> AdaptedModule:
 def _assembled(what: str, module: nnx.Module, adapted: Adapted, rng: Any) -> AdaptedModule:
     """Returns a module with adapters; the module is given the frozen params."""
     plan = adapted.plan
+    for path, leaf in flatten(adapted.params)[0].items():
+        if is_quantized(leaf):
+            raise ValueError(
+                f"{what}: {path!r} is stored quantised, and a module's Variables would hold it "
+                "dequantised; quantise the module's state, and run it as a function: "
+                "tied_lora.quantize(nnx.state(module, nnx.Param)), as docs/quantized.md shows. Or "
+                "give it tied_lora.dequantize(adapted)"
+            )
     check_aliases(what, plan, aliases_of(module))
     # A transposed member keeps an array of its own: a Variable has one layout.
     turned = {m.path for g in plan.groups for m in g.members if m.transposed}
@@ -113,7 +123,8 @@ def _assembled(what: str, module: nnx.Module, adapted: Adapted, rng: Any) -> Ada
         dropout = LoRADropout(jax.random.fold_in(key, key_number("lora_dropout")))
         dropout.deterministic = adapted.rng is None
     scaling = {key: Scaling(array) for key, array in adapted.scaling.items()}
-    return AdaptedModule(module, boxed(module, adapted), scaling, dropout, plan)
+    slot = None if adapted.slot is None else Slot(adapted.slot)
+    return AdaptedModule(module, boxed(module, adapted), scaling, dropout, slot, plan)
 
 
 def params(module: nnx.Module) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from flax_tied_lora._arithmetic.ranks import (
     with_patterns,
 )
 from flax_tied_lora._config import LoraConfig
+from flax_tied_lora._config_axes import OWN_FIELDS
 from flax_tied_lora._config_checks import as_tuple
 from flax_tied_lora._factors import DTYPE, unboxed
 from flax_tied_lora._merge import check_adapted
@@ -262,6 +263,17 @@ def _array(factor: Any) -> jax.Array:
     return jnp.asarray(unboxed(factor)).astype(DTYPE)
 
 
+def _union(field: str, mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pattern, value in (item for m in mappings for item in m.items()):
+        if found.setdefault(pattern, value) != value:
+            raise ValueError(
+                f"combine: {field} of {pattern!r} is {found[pattern]} in one config and {value} in "
+                "another; wrap the adapters with the same"
+            )
+    return found
+
+
 def _targets(configs: Sequence[LoraConfig]) -> dict[str, Any]:
     """Returns the fields by which a config targets what any of several does.
 
@@ -271,6 +283,7 @@ def _targets(configs: Sequence[LoraConfig]) -> dict[str, Any]:
     targets = [c.target_modules for c in configs]
     parameters = tuple(dict.fromkeys(p for c in configs for p in as_tuple(c.target_parameters)))
     found = {"target_modules": targets[0], "target_parameters": parameters or None}
+    found |= {field: _union(field, [getattr(c, field) for c in configs]) for field in OWN_FIELDS}
     fields = [*_WHERE, "target_modules"]
     different = [f for f in fields if any(getattr(c, f) != getattr(configs[0], f) for c in configs)]
     if not different:

@@ -45,7 +45,8 @@ def boxed(module: nnx.Module, adapted: Adapted) -> dict[str, Any]:
         own = made[adapter.kind][adapter.key]
         for name, axes in group.axes(adapter).items():
             box = own[name] if name else own
-            box.set_metadata(out_sharding=_along(names, axes))
+            slots = (None,) * (adapted.slot is not None)
+            box.set_metadata(out_sharding=(*slots, *_along(names, axes)))
     return made
 
 

@@ -23,13 +23,19 @@ from flax_tied_lora._sites import numbered
 from flax_tied_lora._wrap import stored_once
 
 # What the wrapper itself has; whatever else is asked of it is the module's.
-_OWN = frozenset({"module", "adapters", "lora_scaling", "lora_dropout", "plan", "on_dense"})
+_OWN = frozenset(
+    {"module", "adapters", "lora_scaling", "lora_dropout", "lora_slot", "plan", "on_dense"}
+)
 # What NNX asks a node for: the module answers for itself.
 _NOT_HANDED_ON = frozenset({"set_view"})
 
 
 class Scaling(nnx.Variable):
     """A scaling of factors: an array that is not trained."""
+
+
+class Slot(nnx.Variable):
+    """Which of stacked adapters serves: an integer; -1 is none."""
 
 
 class LoRADropout(nnx.Module):
@@ -61,18 +67,20 @@ class AdaptedModule(nnx.Module):
       adapters: ``{kind: {key: ...}}`` as in `Adapted`, each array an `nnx.LoRAParam`.
       lora_scaling: ``{key: Scaling}``.
       lora_dropout: the state of the factors' dropout, None where the config has none.
+      lora_slot: which of stacked adapters serves, a `Slot`; None where they are not stacked.
       plan: what was adapted; static.
       on_dense: as in `adapt`; static.
     """
 
     def __init__(
         self, module: nnx.Module, adapters: Mapping[str, Any], scaling: Mapping[str, Any],
-        dropout: LoRADropout | None, plan: Plan,
+        dropout: LoRADropout | None, slot: Slot | None, plan: Plan,
     ):  # fmt: skip
         self.module = module
         self.adapters = nnx.data(adapters)
         self.lora_scaling = nnx.data(scaling)
         self.lora_dropout = nnx.data(dropout)
+        self.lora_slot = nnx.data(slot)
         self.plan = plan
         self.on_dense: OnDense = "warn"
 
@@ -260,12 +268,15 @@ def stored(owner: AdaptedModule) -> Adapted:
                 else TiedLeaf(group.key, member.transposed)
             )  # fmt: skip
     rng = None if owner.lora_dropout is None else owner.lora_dropout.key()
-    return Adapted(params, arrays(owner.adapters), arrays(owner.lora_scaling), rng, owner.plan)
+    return _as_adapted(owner, params, rng)
 
 
 def as_adapted(owner: AdaptedModule) -> Adapted:
     """Returns an adapted module's arrays and plan; see `nnx.adapted`."""
     leaves, treedef = flatten(params_of(owner.module))
+    return _as_adapted(owner, stored_once(leaves, treedef, owner.plan), None)
+
+
+def _as_adapted(owner: AdaptedModule, params: Any, rng: jax.Array | None) -> Adapted:
     adapters, scaling = arrays(owner.adapters), arrays(owner.lora_scaling)
-    params = stored_once(leaves, treedef, owner.plan)
-    return Adapted(params, adapters, scaling, None, owner.plan)
+    return Adapted(params, adapters, scaling, rng, owner.plan, arrays(owner.lora_slot))
