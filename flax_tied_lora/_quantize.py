@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -40,9 +41,10 @@ def quantize(
     """Returns params whose matrices are stored as small integers and scales (QLoRA).
 
     Works on plain params, before `wrap`, and on an `Adapted`, whose adapters stay as they are. A
-    model runs on the result through `adapt`, adapted or not: a lookup dequantises the rows that it
-    picks, a projection its matrix a chunk at a time, and what was wrapped stands on it as on
-    floating-point params. A leaf that is in several places is quantised once, and is in them all.
+    model runs on an `Adapted` of the result through `adapt`, on adapted leaves and on others: a
+    lookup dequantises the rows that it picks, a projection its matrix a chunk at a time, and what
+    was wrapped stands on it as on floating-point params. A leaf that is in several places is
+    quantised once, and is in them all.
 
     Follows ``bitsandbytes``' blocks (QLoRA, arXiv:2305.14314, without quantised scales); the
     arithmetic is qwix's (``qwix.quantize``, ``qwix.dequantize``).
@@ -66,6 +68,7 @@ def quantize(
       ImportError: qwix is not installed.
       ValueError: an unknown ``qtype``, a block size below 16, ``exclude_modules`` that names
         nothing, nothing to quantise, or params that are quantised already.
+      TypeError: an `nnx.Module`; `tied_lora.nnx.quantize` takes one.
     """
     if qtype not in QTYPES:
         raise ValueError(f"quantize: qtype={qtype!r}; expected one of {', '.join(QTYPES)}")
@@ -77,6 +80,12 @@ def quantize(
             sites=sites,
         )  # fmt: skip
         return dataclasses.replace(params, params=kept)
+    # Where flax.nnx is not imported there are no modules of it, and importing it takes a while.
+    if isinstance(params, getattr(sys.modules.get("flax.nnx"), "Module", ())):
+        raise TypeError(
+            f"quantize: expected params, got {type(params).__name__}, an nnx.Module, whose other "
+            "state is not to be quantised; use flax_tied_lora.nnx.quantize(module)"
+        )
     leaves, treedef = flatten(params)
     excluded = _excluded(leaves, exclude_modules)
     made: dict[int, Any] = {}  # by the array, so that what is shared stays shared

@@ -56,7 +56,7 @@ class QuantizedArray:
         """
         others = [i for i in range(len(array.shape)) if i != axis]
 
-        def make(array: Any) -> QuantizedArray:
+        def integers(array: Any) -> QuantizedArray:
             made = qwix().quantize(
                 jnp.asarray(array).astype(jnp.float32), qtype, channelwise_axes=others,
                 tiled_axes={axis: block}, scale_dtype=array.dtype,
@@ -65,6 +65,13 @@ class QuantizedArray:
             if qtype in FOUR_BITS:
                 values = _packed(values, axis, made.scale.shape[axis])
             return cls(values, made.scale, qtype, axis)
+
+        def make(array: Any) -> QuantizedArray:
+            own = explicit(jax.typeof(array))
+            if own is None:
+                return integers(array)
+            shapes = jax.eval_shape(integers, jax.ShapeDtypeStruct(array.shape, array.dtype))
+            return automatic(integers, jax.tree.map(lambda x: _fitting(own, x), shapes))(array)
 
         run = jax.eval_shape if isinstance(array, jax.ShapeDtypeStruct) else _call
         return run(jax.jit(make), array)
@@ -91,6 +98,11 @@ class QuantizedArray:
         return math.prod(self.shape)
 
     @property
+    def T(self) -> QuantizedArray:  # noqa: N802 (an array's)
+        """The transpose of one of two axes."""
+        return QuantizedArray(self.values.T, self.scales.T, self.qtype, 1 - self.axis)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it is stored in, scales included."""
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in (self.values, self.scales))
@@ -100,6 +112,8 @@ class QuantizedArray:
         return dequantized(self.values, self.scales, self.qtype, self.axis)
 
     def __repr__(self) -> str:
+        if not all(hasattr(x, "shape") for x in (self.values, self.scales)):
+            return f"QuantizedArray({self.values}, {self.scales}, {self.qtype!r}, {self.axis})"
         block = self.shape[self.axis] // self.scales.shape[self.axis]
         shape = ", ".join(map(str, self.shape))
         return f"QuantizedArray({self.dtype}[{shape}] as {self.qtype}, blocks of {block})"
@@ -117,6 +131,11 @@ def is_quantized(node: Any) -> bool:
     return isinstance(node, QuantizedArray)
 
 
+def plain_array(leaf: Any) -> Any:
+    """Returns the array that a leaf stands for: of a quantised one it is made."""
+    return leaf.dequantize() if is_quantized(leaf) else leaf
+
+
 def array_of(leaf: Any) -> Any:
     """Returns what is stored of a leaf: of a quantised one the integers."""
     return leaf.values if is_quantized(leaf) else leaf
@@ -129,9 +148,42 @@ def dequantized(values: Array, scales: Array, qtype: str, axis: int) -> Array:
       scales: with as many axes as the values, each as long, of length 1, or for ``axis`` one entry
         for each block.
     """
-    if qtype in FOUR_BITS:
-        values = _unpacked(values, axis, scales.shape[axis], qtype)
-    return qwix().dequantize(qwix().QArray(values, scales, None, qtype))
+
+    def make(values: Array, scales: Array) -> Array:
+        if qtype in FOUR_BITS:
+            values = _unpacked(values, axis, scales.shape[axis], qtype)
+        return qwix().dequantize(qwix().QArray(values, scales, None, qtype))
+
+    own = explicit(jax.typeof(values))
+    return (make if own is None else automatic(make, own))(values, scales)
+
+
+def explicit(aval: Any) -> jax.NamedSharding | None:
+    """Returns the sharding that is part of an array's type (`jax.typeof`): on Explicit axes."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return sharding
+
+
+def automatic(function: Any, out_sharding: Any) -> Any:
+    """Returns a function within which the compiler places arrays, as on Auto mesh axes.
+
+    What takes blocks apart and puts them together has no rule for Explicit ones.
+    """
+    return jax.sharding.auto_axes(function, out_sharding=out_sharding)
+
+
+def _fitting(sharding: jax.NamedSharding, array: Any) -> jax.NamedSharding:
+    """Returns a sharding without the axes that an array is too short for."""
+
+    def parts(names: Any) -> int:
+        names = names if isinstance(names, tuple) else (names,)
+        return math.prod(sharding.mesh.shape[n] for n in names if isinstance(n, str))
+
+    spec = (*sharding.spec, *[None] * (len(array.shape) - len(sharding.spec)))
+    kept = [s if n % parts(s) == 0 else None for s, n in zip(spec, array.shape, strict=True)]
+    return jax.NamedSharding(sharding.mesh, jax.P(*kept))
 
 
 def _packed(values: Array, axis: int, blocks: int) -> Array:

@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from flax_tied_lora._factor import Axis, Cost, Factor, MixedAxesError, contract
 from flax_tied_lora._quantized import Quantized
+from flax_tied_lora._quantized_array import automatic, explicit
 
 # A matrix is dequantised in 64 chunks, or fewer of this many entries (2 MiB of float32): a small
 # part of a transformer's layer.
@@ -30,11 +31,15 @@ class _Product:
     dtype: Any
     accumulate: Any
     precision: Any
-    out_sharding: Any = None
+    out_sharding: Any = None  # of the result, and of the data: on Explicit mesh axes
+    data_sharding: Any = None
 
     def turned(self) -> _Product:
         """Returns the product that the gradient of the data is."""
-        return dataclasses.replace(self, names=self.order, order=self.names, out_sharding=None)
+        return dataclasses.replace(
+            self, names=self.order, order=self.names, out_sharding=self.data_sharding,
+            data_sharding=self.out_sharding,
+        )  # fmt: skip
 
 
 def product(
@@ -50,6 +55,7 @@ def product(
       names: a label for each axis of the data: the weight axis that it is paired with, or its own.
       order: the labels of the result's axes.
       dtype: the weight's, in which it is multiplied.
+      out_sharding: of the result on Explicit mesh axes, else None.
 
     Raises:
       MixedAxesError: the weight does not vary along one of its axes.
@@ -59,12 +65,22 @@ def product(
     lone = tuple(i for i, n in enumerate(names) if n not in (*term.values.axes, *order))
     if lone:
         raise MixedAxesError
-    what = _Product(tuple(names), tuple(order), dtype, accumulate, precision, out_sharding)
+    what = _Product(
+        tuple(names), tuple(order), dtype, accumulate, precision, out_sharding,
+        explicit(jax.typeof(data)),
+    )  # fmt: skip
     return _product(what, data, jax.tree.map(lax.stop_gradient, term))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(what: _Product, data: Array, term: Quantized) -> Array:
+    if what.out_sharding is None:
+        return _whole(what, data, term)
+    # Chunks are cut along axes that may be sharded.
+    return automatic(functools.partial(_whole, what), what.out_sharding)(data, term)
+
+
+def _whole(what: _Product, data: Array, term: Quantized) -> Array:
     x = Factor(data, what.names)
     sizes = {a: x.size(a) if a in x.axes else term.size(a) for a in what.order}
 
@@ -167,11 +183,7 @@ def _piece(what: _Product, x: Factor, term: Quantized) -> Array:
     options: dict[str, Any] = {
         "accumulate": what.accumulate, "precision": what.precision, "cost": Cost()
     }  # fmt: skip
-    shared = [a for a in x.axes if a in weight.axes and a in what.order]
-    first = (*shared, *(a for a in x.axes if a in what.order and a not in shared))
-    own = (*first, *(a for a in weight.axes if a not in x.axes))
-    full = what.out_sharding if own == what.order else None
-    return contract(x, weight, what.order, **options, out_sharding=full).ordered(what.order).array
+    return contract(x, weight, what.order, **options).ordered(what.order).array
 
 
 def _forward(what: _Product, data: Array, term: Quantized) -> Any:

@@ -19,7 +19,7 @@ from flax_tied_lora._paths import (
     module_of,
     nearby,
 )
-from flax_tied_lora._quantized_array import QuantizedArray
+from flax_tied_lora._quantized_array import QuantizedArray, array_of, plain_array
 
 SAME_ARRAY = "same array"
 DECLARED = "declared"
@@ -208,20 +208,21 @@ def by_value(leaves: Mapping[str, Any], links: Any) -> None:
     """Compares shapes first, then a sample, then the whole; constant arrays never count."""
     by_shape: dict[Any, list[str]] = {}
     for path, leaf in leaves.items():
-        concrete = isinstance(leaf, np.ndarray | jax.Array) and not is_tracer(leaf)
+        stored = array_of(leaf)
+        concrete = isinstance(stored, np.ndarray | jax.Array) and not is_tracer(stored)
         if concrete and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             by_shape.setdefault((tuple(sorted(leaf.shape)), str(leaf.dtype)), []).append(path)
     for paths in by_shape.values():
         by_sample: dict[Any, list[str]] = {}
         for path in paths if len(paths) > 1 else ():
-            leaf = leaves[path]
+            leaf = plain_array(leaves[path])
             shape, row, column = tuple(leaf.shape), *_sample(leaf)
             keys = {(shape, row, column): False}
             if len(shape) == 2:
                 keys.setdefault((shape[::-1], column, row), True)
             hits = [(other, flip) for key, flip in keys.items() for other in by_sample.get(key, ())]
             for other, flip in hits:
-                if _equal(leaves[other], leaf, flip):
+                if _equal(plain_array(leaves[other]), leaf, flip):
                     links.add(other, path, flip, EQUAL_VALUES)
                     break
             by_sample.setdefault((shape, row, column), []).append(path)

@@ -109,8 +109,9 @@ def grow_vocabulary(
 
     Raises:
       ValueError: there are more tokens already; it is not clear whether a leaf belongs to the
-        vocabulary; a sharded axis cannot be split so; a shape is wrong.
-      TypeError: an argument is of the wrong type; a leaf to grow is stored quantised.
+        vocabulary, or one that does is stored quantised; a sharded axis cannot be split so; a shape
+        is wrong.
+      TypeError: an argument is of the wrong type.
 
     Example::
 
@@ -141,7 +142,7 @@ def grow_vocabulary(
     axes = {p: axes[p] for p in [*embedding.paths, *axes]}
     old_size = own[embedding.key].shape[axes[embedding.key]]
     vocabulary = _vocabulary(n_tokens, old_tokens, old_size, pad_to_multiple_of, axes)
-    _check_arrays(own, axes)
+    _check_floating(own, axes)
     inits = _inits(init, own, axes, embedding)
 
     new = dict(own)
@@ -169,12 +170,12 @@ def _check_plain(leaves: Mapping[str, Any]) -> None:
             )
 
 
-def _check_arrays(leaves: Mapping[str, Any], axes: Mapping[str, int]) -> None:
+def _check_floating(leaves: Mapping[str, Any], axes: Mapping[str, int]) -> None:
     for path in axes:
         if is_quantized(leaves[path]):
-            raise TypeError(
-                f"{WHAT}: {path!r} is stored quantised; grow it first, then quantize, or "
-                "dequantize it before"
+            raise ValueError(
+                f"{WHAT}: {path!r} is stored quantised, and new rows would have to be, too; grow "
+                "dequantize(params), and quantize the result"
             )
 
 

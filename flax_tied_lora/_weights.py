@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from flax_tied_lora._factors import is_box, key_number, unboxed
 from flax_tied_lora._fused import block
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._quantized import Quantized, frozen
-from flax_tied_lora._quantized_array import is_quantized
+from flax_tied_lora._quantized_array import automatic, explicit, is_quantized
 from flax_tied_lora._quantized_product import product, squares
 from flax_tied_lora._rows import Rows
 from flax_tied_lora._sites import SiteFilter
@@ -232,8 +233,14 @@ def _norms_and_product(
     order = (*keep, RANK)
     if is_quantized(array):
         term = Quantized.of(array)
-        both = [squares(term, keep, accumulate)]
-        both.append(product(term, a.array, a.axes, order, dtype=array.dtype, accumulate=accumulate))
+        options: dict[str, Any] = {"dtype": array.dtype, "accumulate": accumulate}
+        own = explicit(jax.typeof(array.values))
+        summed = functools.partial(squares, keep=keep, accumulate=accumulate)
+        if own is not None:
+            names = [own.spec[i] for i in keep]
+            options["out_sharding"] = jax.NamedSharding(own.mesh, jax.P(*names, None))
+            summed = automatic(summed, jax.NamedSharding(own.mesh, jax.P(*names)))
+        both = summed(term), product(term, a.array, a.axes, order, **options)
         return jax.tree.map(lax.stop_gradient, (both[0], Factor(both[1], order)))
     w = Factor(lax.stop_gradient(array), tuple(range(array.ndim))).astype(accumulate)
     left = tuple(i for i in w.axes if i in keep)

@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from flax_tied_lora import _merge
+from flax_tied_lora import _merge, _quantize
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._axes import SITES_LINE
 from flax_tied_lora._config import LoraConfig
 from flax_tied_lora._explain import Explanation, explained
 from flax_tied_lora._factors import key_number, typed_key
-from flax_tied_lora._nnx.leaves import aliases_of, check_aliases, params_of, set_leaves
+from flax_tied_lora._nnx.leaves import aliases_of, check_aliases, named, params_of, set_leaves
 from flax_tied_lora._nnx.making import boxed, with_aliases
 from flax_tied_lora._nnx.module import AdaptedModule as AdaptedModule
 from flax_tied_lora._nnx.module import LoRADropout as LoRADropout
 from flax_tied_lora._nnx.module import Scaling as Scaling
 from flax_tied_lora._nnx.module import Slot as Slot
 from flax_tied_lora._nnx.module import as_adapted, evaluated_call
-from flax_tied_lora._paths import flatten, path_name
-from flax_tied_lora._quantized_array import is_quantized
+from flax_tied_lora._paths import flatten
 from flax_tied_lora._sites import CallSites
 from flax_tied_lora._trace import trace as _trace
 from flax_tied_lora._wrap import wrap_as
@@ -88,7 +87,7 @@ def from_adapted(module: nnx.Module, adapted: Adapted) -> AdaptedModule:
 
     Raises:
       TypeError: not an `nnx.Module` and an `Adapted`.
-      ValueError: the module has no such params; or they are stored quantised.
+      ValueError: the module has no such params.
 
     Example::
 
@@ -104,18 +103,13 @@ def from_adapted(module: nnx.Module, adapted: Adapted) -> AdaptedModule:
 def _assembled(what: str, module: nnx.Module, adapted: Adapted, rng: Any) -> AdaptedModule:
     """Returns a module with adapters; the module is given the frozen params."""
     plan = adapted.plan
-    for path, leaf in flatten(adapted.params)[0].items():
-        if is_quantized(leaf):
-            raise ValueError(
-                f"{what}: {path!r} is stored quantised, and a module's Variables would hold it "
-                "dequantised; quantise the module's state, and run it as a function: "
-                "tied_lora.quantize(nnx.state(module, nnx.Param)), as docs/quantized.md shows. Or "
-                "give it tied_lora.dequantize(adapted)"
-            )
     check_aliases(what, plan, aliases_of(module))
+    leaves, _ = flatten(adapted.params)
+    for group in plan.groups:
+        for member in group.members[1:]:
+            leaves[member.path] = leaves[group.key]
     # A transposed member keeps an array of its own: a Variable has one layout.
     turned = {m.path for g in plan.groups for m in g.members if m.transposed}
-    leaves, _ = flatten(_merge.plain(adapted, {}))
     set_leaves(what, module, {name: leaf for name, leaf in leaves.items() if name not in turned})
     dropout = None
     if plan.config.lora_dropout:
@@ -189,6 +183,40 @@ def base(module: AdaptedModule) -> Any:
     return plain
 
 
+def quantize(
+    module: Any, qtype: str = "int8", *, block_size: int = 64,
+    exclude_modules: str | Collection[str] | None = None, sites: CallSites | None = None,
+) -> Any:  # fmt: skip
+    """Returns a module whose matrices are stored quantised, to be wrapped; or an adapted one's.
+
+    Quantised are `nnx.Param` Variables; adapters and all other state stay as they are. A module
+    runs on them once it is wrapped, and not before. The module is left as it is, and `base` and
+    `merge` return a floating-point one.
+
+    Args:
+      module: an `nnx.Module`, or an adapted one.
+      qtype, block_size, exclude_modules: as in `tied_lora.quantize`.
+      sites: from `trace`, as in `tied_lora.quantize`.
+
+    Raises:
+      TypeError: not an `nnx.Module`.
+      ImportError, ValueError: as `tied_lora.quantize`.
+
+    Example::
+
+      adapted = tied_lora.nnx.wrap(tied_lora.nnx.quantize(model, "nf4"), config)
+    """
+    made = nnx.clone(module) if isinstance(module, nnx.Module) else module
+    frozen = made.module if isinstance(made, AdaptedModule) else made
+    _check_module("quantize", frozen)
+    stored = _quantize.quantize(
+        params_of(frozen), qtype, block_size=block_size, exclude_modules=exclude_modules,
+        sites=sites,
+    )  # fmt: skip
+    set_leaves("quantize", frozen, flatten(stored)[0])
+    return made
+
+
 def trace(module: nnx.Module, *args: Any, method: Method = None, **kwargs: Any) -> CallSites:
     """Returns the call sites of every param in a call of a module.
 
@@ -210,10 +238,9 @@ def trace(module: nnx.Module, *args: Any, method: Method = None, **kwargs: Any) 
     _check_module("trace", module)
     function = _function("trace", module, method)
     graphdef, state = nnx.split(module)
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(state)
-    names = [path_name(path) for path, _ in pairs]
+    names, values, treedef = named(state)
     own, _ = flatten(params_of(module))
-    leaves = {name: leaf for name, (_, leaf) in zip(names, pairs, strict=True)}
+    leaves = dict(zip(names, values, strict=True))
     rest = {name: leaf for name, leaf in leaves.items() if name not in own}
 
     def run(variables: Any, rest: Any, args: Any, kwargs: Any) -> Any:

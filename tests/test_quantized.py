@@ -117,6 +117,13 @@ def test_blocks_lie_along_the_width():
     assert axis_of("lm_head/kernel", 64, 101) == 0
 
 
+def test_shown_whatever_it_holds():
+    leaf = QuantizedArray.of(array(32, 32), "nf4", 1, 16)
+    assert repr(leaf) == "QuantizedArray(float32[32, 32] as nf4, blocks of 16)"
+    shapes = jax.tree.map(jnp.shape, {"kernel": leaf})["kernel"]
+    assert repr(shapes) == "QuantizedArray((32, 16), (32, 2), 'nf4', 1)"
+
+
 def test_shared_leaf_is_quantised_once():
     table = array(64, 32)
     params = {"embed": {"embedding": table}, "head": {"embedding": table}}
@@ -389,6 +396,40 @@ def test_sharded_base(spec):
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, spec[1]))
     found = jax.jit(tied_lora.adapt(mapped, on_dense="error"))(adapted, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [P("data", None), P(None, "data")])
+@pytest.mark.parametrize("qtype", ["int8", "nf4"])
+def test_explicit_mesh_axes(qtype, spec):
+    """As `jax.make_mesh` makes them: quantised, looked up, multiplied and differentiated there."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    table = 0.1 * array(64, 32)
+    config = tied_lora.LoraConfig(r=2, target_modules=["embed"], use_dora=qtype == "nf4")
+
+    def loss(params, ids):
+        weight = params["embed"]["embedding"]
+        hidden = jnp.tanh(weight.at[ids].get(out_sharding=P()))
+        return jnp.sum(jnp.sin(jnp.einsum("bd,vd->bv", hidden, weight, out_sharding=P())))
+
+    ids = numbers(3, below=64)
+    run = jax.jit(tied_lora.value_and_grad(tied_lora.adapt(loss, on_dense="error")))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(table, jax.NamedSharding(mesh, spec))
+        stored = tied_lora.quantize({"embed": {"embedding": sharded}}, qtype, block_size=16)
+        leaf = stored["embed"]["embedding"]
+        assert leaf.values.sharding.spec == leaf.scales.sharding.spec == spec
+        assert leaf.dequantize().sharding.spec == spec
+        adapted = tied_lora.wrap(stored, config)
+        adapters = jax.tree.map(
+            lambda x, y: jax.device_put(x, y.sharding),
+            perturbed(adapted).adapters, adapted.adapters,
+        )  # fmt: skip
+        adapted = adapted.replace(adapters=adapters)
+        found, wanted = run(adapted, ids), run(tied_lora.dequantize(adapted), ids)
+        # A scale for each row, and too few of them to be cut: replicated.
+        odd = jax.device_put(table, jax.NamedSharding(mesh, P(None, "data")))
+        assert QuantizedArray.of(odd, qtype, 1, 32).scales.sharding.spec == P(None, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
 
 
 def test_factors_are_placed_like_the_stored_leaf():

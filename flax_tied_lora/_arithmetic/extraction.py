@@ -19,6 +19,7 @@ from flax_tied_lora._factors import DTYPE, key_number
 from flax_tied_lora._init import reads_weight
 from flax_tied_lora._paths import describe, flatten, is_marker, is_tracer
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
+from flax_tied_lora._quantized_array import plain_array
 from flax_tied_lora._sites import CallSites
 from flax_tied_lora._start import in_place
 from flax_tied_lora._ties import Member
@@ -148,6 +149,10 @@ def _leaves(name: str, params: Any) -> dict[str, Any]:
     return leaves
 
 
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf))
+
+
 def _check_leaves(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
     odd = {
         "missing": [p for p in base if p not in tuned],
@@ -160,7 +165,7 @@ def _check_leaves(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
             "same model's params"
         )
     for path, leaf in base.items():
-        if jnp.shape(leaf) != jnp.shape(tuned[path]):
+        if _shape(leaf) != _shape(tuned[path]):
             raise ValueError(
                 f"extract: {path!r} is {describe(tuned[path])} in tuned_params, and "
                 f"{describe(leaf)} in base_params"
@@ -172,7 +177,7 @@ def _covered(group: GroupPlan, adapter: AdapterPlan | None) -> tuple[Member, ...
 
 
 def _float(leaf: Any) -> jax.Array:
-    return jnp.asarray(leaf).astype(DTYPE)
+    return jnp.asarray(plain_array(leaf)).astype(DTYPE)
 
 
 def _one_array(group: GroupPlan, members: Sequence[Member], tuned: Mapping[str, Any]) -> jax.Array:
@@ -183,7 +188,7 @@ def _one_array(group: GroupPlan, members: Sequence[Member], tuned: Mapping[str, 
     """
 
     def of(member: Member) -> jax.Array:
-        leaf = raw(tuned[member.path])
+        leaf = raw(plain_array(tuned[member.path]))
         return jnp.asarray(leaf).T if member.transposed else jnp.asarray(leaf)
 
     first = of(members[0])
@@ -257,8 +262,8 @@ def _change(before: Any, after: Any) -> Any:
     """Returns the squared relative change of a leaf; None where it is the same array."""
     if before is after:
         return None
-    before = jnp.asarray(raw(before))
-    after = jax.device_put(jnp.asarray(raw(after)), before.sharding)
+    before = jnp.asarray(raw(plain_array(before)))
+    after = jax.device_put(jnp.asarray(raw(plain_array(after))), before.sharding)
     if not jnp.issubdtype(before.dtype, jnp.inexact):
         return jnp.mean((before != after).astype(DTYPE))
     before, after = before.astype(DTYPE), after.astype(DTYPE)

@@ -14,7 +14,7 @@ from jax import lax
 
 from flax_tied_lora._paths import flatten, is_marker
 from flax_tied_lora._plan import Plan
-from flax_tied_lora._quantized_array import array_of
+from flax_tied_lora._quantized_array import array_of, is_quantized
 
 # Entries of each leaf that the fingerprint reads. A full fine-tune changes nearly every entry of a
 # leaf, and a merged adapter all of them: one of 256 suffices, and all leaves are read.
@@ -25,6 +25,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 def fingerprint(params: Any, plan: Plan) -> dict[str, list[Any]]:
     """Returns ``{leaf path: [shape, dtype, checksum of a sample]}`` for a base, as JSON.
 
+    Of what is stored quantised the dtype says how, and the checksum is that of integers and scales.
+
     Every leaf counts, adapted or not: the adapters were trained on top of all of them. Of a tie
     group only the canonical leaf does. The checksum is over the bits of `SAMPLE` entries spread
     over the leaf, at most; it does not depend on sharding, device, or on whether the array is
@@ -32,16 +34,28 @@ def fingerprint(params: Any, plan: Plan) -> dict[str, list[Any]]:
     """
     members = {m.path for group in plan.groups for m in group.members[1:]}
     leaves = {
-        path: raw(leaf)
+        path: leaf if is_quantized(leaf) else raw(leaf)
         for path, leaf in flatten(params)[0].items()
         if path not in members and not is_marker(leaf)
     }
+    arrays = {p: [x.values, x.scales] if is_quantized(x) else [x] for p, x in leaves.items()}
     # Fetched in one go, so that the devices never wait for each other.
-    sums = jax.device_get({path: _sample_checksum(leaf) for path, leaf in leaves.items()})
-    return {
-        path: [list(leaf.shape), str(leaf.dtype), None if sums[path] is None else int(sums[path])]
-        for path, leaf in leaves.items()
-    }
+    sums = jax.device_get({p: [_sample_checksum(x) for x in own] for p, own in arrays.items()})
+    return {path: [list(x.shape), _kind(x), _one(sums[path])] for path, x in leaves.items()}
+
+
+def _kind(leaf: Any) -> str:
+    if not is_quantized(leaf):
+        return str(leaf.dtype)
+    block = leaf.shape[leaf.axis] // leaf.scales.shape[leaf.axis]
+    return f"{leaf.dtype} as {leaf.qtype}, blocks of {block}, "
+
+
+def _one(sums: list[Any]) -> int | None:
+    """Returns one checksum of several; None where there is none."""
+    if None in sums:
+        return None
+    return functools.reduce(lambda total, x: (total * 31 + int(x)) % 2**32, sums, 0)
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

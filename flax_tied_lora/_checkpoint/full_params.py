@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from flax_tied_lora._checkpoint.stored import (
 )
 from flax_tied_lora._paths import flatten, is_marker, path_name
 from flax_tied_lora._plan import Plan
+from flax_tied_lora._quantized_array import QuantizedArray, is_quantized
 from flax_tied_lora._ties import Member, TieGroup, find_ties
 
 
@@ -54,7 +56,10 @@ def save_params(path: Any, params: Any, *, ties: Any = "auto") -> None:
     members = {m.path for g in groups for m in g.members[1:]}
     leaves, treedef = flatten(params)
     once = [None if name in members or is_marker(x) else x for name, x in leaves.items()]
-    facts = {"ties": [dataclasses.asdict(group) for group in groups]}
+    facts: dict[str, Any] = {"ties": [dataclasses.asdict(group) for group in groups]}
+    stored = {n: [x.qtype, x.axis] for n, x in leaves.items() if is_quantized(x)}
+    if stored:
+        facts["quantized"] = stored
     tree = without_boxes(jax.tree.unflatten(treedef, once))
     write(path, orbax_args(facts, {"params": tree}))
 
@@ -86,7 +91,8 @@ def restore_params(path: Any, target: Any = None, *, sharding: Any = None) -> An
     of = {m.path: (g.key, m.transposed) for g in groups for m in g.members[1:]}
     if target is None:
         target = template_of(path / "params", items["params"])
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(target, is_leaf=lambda x: x is None)
+        target = _quantized(target, record.get("quantized", {}), of)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(target, is_leaf=_is_leaf)
     names = [path_name(p) for p, _ in pairs]
     _check_members(path, names, of)
     leaves = [x for _, x in pairs]
@@ -94,11 +100,26 @@ def restore_params(path: Any, target: Any = None, *, sharding: Any = None) -> An
         leaves = _placed(leaves, treedef, sharding, path)
     once = [None if name in of else x for name, x in zip(names, leaves, strict=True)]
     found = decode(path / "params", items["params"], jax.tree.unflatten(treedef, once))
-    read, _ = jax.tree.flatten(found, is_leaf=lambda x: x is None)
+    read, _ = jax.tree.flatten(found, is_leaf=_is_leaf)
     arrays = dict(zip(names, read, strict=True))
     for name, (key, transposed) in of.items():
         arrays[name] = arrays[key].T if transposed else arrays[key]
     return jax.tree.unflatten(treedef, [arrays[name] for name in names])
+
+
+def _is_leaf(node: Any) -> bool:
+    return node is None or is_quantized(node)
+
+
+def _quantized(tree: Any, stored: Mapping[str, Any], of: Mapping[str, Any], path: str = "") -> Any:
+    """Returns a template in which integers and scales are what they were: quantised leaves."""
+    if path in stored and path not in of:
+        return QuantizedArray(tree["values"], tree["scales"], *stored[path])
+    if isinstance(tree, dict):
+        return {k: _quantized(x, stored, of, f"{path}/{k}".lstrip("/")) for k, x in tree.items()}
+    if isinstance(tree, list):
+        return [_quantized(x, stored, of, f"{path}/{i}".lstrip("/")) for i, x in enumerate(tree)]
+    return tree
 
 
 def _check_members(path: Any, names: list[str], of: dict[str, Any]) -> None:
@@ -117,6 +138,8 @@ def _placed(leaves: list[Any], treedef: Any, sharding: Any, path: Any) -> list[A
         with explained("restore_params: sharding is not like the params of", path):
             places = treedef.flatten_up_to(sharding)
     return [
-        x if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-        for x, place in zip(leaves, places, strict=True)
+        jax.tree.map(
+            lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), leaf
+        )
+        for leaf, place in zip(leaves, places, strict=True)
     ]

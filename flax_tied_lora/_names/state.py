@@ -18,6 +18,7 @@ from flax_tied_lora._names.layout import (
 )
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._paths import describe, flatten, is_marker
+from flax_tied_lora._quantized_array import plain_array
 
 
 class Entry(NamedTuple):
@@ -132,8 +133,12 @@ def _arrays(params: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _entry(leaf: Any, weight: TorchWeight) -> Entry:
-    get = functools.partial(to_torch_array, leaf, weight)
+    get = functools.partial(_tensor, leaf, weight)
     return Entry(weight.name, weight.shape(leaf.shape), leaf.dtype, get)
+
+
+def _tensor(leaf: Any, weight: TorchWeight) -> np.ndarray:
+    return to_torch_array(plain_array(leaf), weight)
 
 
 def _groups(names: Names, present: Container[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -149,7 +154,7 @@ def _check_equal(own: tuple[str, Any, TorchWeight], other: tuple[str, Any, Torch
     shapes = weight.shape(leaf.shape), other_weight.shape(other_leaf.shape)
     concrete = not any(isinstance(x, jax.ShapeDtypeStruct) for x in (leaf, other_leaf))
     if shapes[0] != shapes[1] or (
-        concrete and not _same(torch_view(leaf, weight), torch_view(other_leaf, other_weight))
+        concrete and not _same(*(torch_view(plain_array(x), w) for _, x, w in (own, other)))
     ):
         raise ValueError(
             f"{other_path!r} {describe(other_leaf)} is not {path!r} {describe(leaf)}, which the "

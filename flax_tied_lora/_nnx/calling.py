@@ -19,8 +19,7 @@ from flax import nnx
 from flax_tied_lora._adapt import Evaluated, evaluated
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._evaluate import OnDense
-from flax_tied_lora._nnx.leaves import name_of
-from flax_tied_lora._paths import path_name
+from flax_tied_lora._nnx.leaves import name_of, named
 from flax_tied_lora._rules.loops import is_same
 
 _TAG = "flax_tied_lora"
@@ -87,8 +86,8 @@ def run(
 
     Args:
       module: with its frozen params.
-      adapted: the groups that are adapted or tied, by leaf path; its params are those of the
-        module.
+      adapted: the groups that are adapted or tied, and what is stored quantised, by leaf path; its
+        params are those of the module.
       shown: for paths of Variables, by which of their paths they are shown instead.
 
     Raises:
@@ -98,7 +97,7 @@ def run(
     with nnx.update_context(_TAG):
         with nnx.split_context(_TAG) as context:
             graphdef, state = context.split((module, given.objects))
-        names, before, treedef = _named(state)
+        names, before, treedef = named(state)
         index = {name: i for i, name in enumerate(names)}
         # The module is the first object; where a Variable has several paths, it is shown by one.
         own = {n.partition("/")[2]: i for n, i in index.items() if n.partition("/")[0] == "0"}
@@ -119,7 +118,7 @@ def run(
             same = nnx.graphdef((here, objects)) == graphdef
             with nnx.split_context(_TAG) as context:
                 new_graphdef, new_state = context.split((here, objects, result.objects))
-            new_names, leaves, new_treedef = _named(new_state)
+            new_names, leaves, new_treedef = named(new_state)
             leaves = [
                 _Kept(index[name]) if name in index and x is values[index[name]] else x
                 for name, x in zip(new_names, leaves, strict=True)
@@ -142,12 +141,6 @@ def run(
             with nnx.merge_context(_TAG, inner=False) as context:
                 _, _, objects = context.merge(after.graphdef, new)
     return after.result.filled(objects, done.returned(rest)), done
-
-
-def _named(state: Any) -> tuple[list[str], list[Any], Any]:
-    """Returns the names of a state's leaves, the leaves, and its structure."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(state)
-    return [path_name(path) for path, _ in pairs], [leaf for _, leaf in pairs], treedef
 
 
 def _in_variables(change: Callable[[Any], Any], tree: Any) -> Any:

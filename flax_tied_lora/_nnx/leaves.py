@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 from flax import nnx
 
-from flax_tied_lora._paths import describe, nearby
+from flax_tied_lora._paths import describe, is_leaf, nearby, path_name
 from flax_tied_lora._plan import Plan
 
 # What can be adapted: nnx.Param, and not what another LoRA trains.
@@ -19,6 +19,12 @@ _Path = tuple[Any, ...]
 def name_of(path: Sequence[Any]) -> str:
     """Returns the name of a Variable's path: its entries joined by ``/``."""
     return "/".join(map(str, path))
+
+
+def named(state: Any) -> tuple[list[str], list[Any], Any]:
+    """Returns the names of a state's leaves, the leaves, and its structure."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_leaf)
+    return [path_name(path) for path, _ in pairs], [leaf for _, leaf in pairs], treedef
 
 
 def variables_of(module: nnx.Module) -> dict[str, nnx.Variable]:
@@ -134,8 +140,8 @@ def set_leaves(what: str, module: nnx.Module, leaves: Mapping[str, Any]) -> None
 
 
 def _check_shape(what: str, name: str, variable: nnx.Variable, leaf: Any) -> None:
-    found, expected = jnp.shape(leaf), jnp.shape(variable.get_raw_value())
-    if found != expected:
+    found, expected = leaf.shape, variable.get_raw_value().shape
+    if tuple(found) != tuple(expected):
         raise ValueError(
             f"{what}: {name!r} is {describe(leaf)}; the module has "
             f"{describe(variable.get_raw_value())} there. Use the module that it was made for"

@@ -19,6 +19,7 @@ from flax_tied_lora._nnx.calling import run
 from flax_tied_lora._nnx.leaves import aliases_of, params_of, shown_as
 from flax_tied_lora._paths import TiedLeaf, flatten
 from flax_tied_lora._plan import Plan
+from flax_tied_lora._quantized_array import is_quantized
 from flax_tied_lora._sites import numbered
 from flax_tied_lora._wrap import stored_once
 
@@ -253,9 +254,12 @@ def arrays(tree: Any) -> Any:
 
 
 def stored(owner: AdaptedModule) -> Adapted:
-    """Returns the groups of an adapted module as an `Adapted`, its params a dict by path."""
+    """Returns what a call does not take as it is as an `Adapted`, its params a dict by path.
+
+    That is the plan's groups, and what is stored quantised.
+    """
     leaves, _ = flatten(params_of(owner.module))
-    params = {}
+    params = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
     for group in owner.plan.groups:
         for member in group.members:
             if member.path not in leaves:

@@ -25,6 +25,7 @@ from flax_tied_lora._peft.merged_ties import table_of
 from flax_tied_lora._peft.named import Content, is_base
 from flax_tied_lora._peft.slots import PREFIX, weights_of
 from flax_tied_lora._plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS, Plan
+from flax_tied_lora._quantized_array import plain_array
 from flax_tied_lora._start import in_place
 
 # Name, shape, dtype, and what makes the tensor.
@@ -90,7 +91,7 @@ def base_entries(
 
 
 def _tensor(array: Any, weight: TorchWeight) -> np.ndarray:
-    return to_torch_array(jax.device_get(array), weight)
+    return to_torch_array(jax.device_get(plain_array(array)), weight)
 
 
 def _made(leaves: Mapping[str, Any], names: Names) -> dict[str, list[TorchWeight]]:

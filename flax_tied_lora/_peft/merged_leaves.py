@@ -20,6 +20,7 @@ from flax_tied_lora._merge import merge, untied_leaves
 from flax_tied_lora._names.layout import TorchWeight, to_torch_array
 from flax_tied_lora._paths import flatten, is_marker, is_tracer
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, GroupPlan, Plan
+from flax_tied_lora._quantized_array import plain_array
 from flax_tied_lora._weight import Weight
 from flax_tied_lora._weights import weights_of
 
@@ -183,6 +184,7 @@ def _plain(leaf: Any, dtype: np.dtype | None, one: Any, transposed: bool = False
 
 def _on_host(leaf: Any) -> np.ndarray:
     """Returns an array in NumPy; JAX keeps the host's copy of an array, so a copy is asked."""
+    leaf = plain_array(leaf)
     if isinstance(leaf, jax.Array):
         here = len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
         return np.asarray(leaf if here else leaf.copy())

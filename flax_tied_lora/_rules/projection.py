@@ -23,6 +23,7 @@ from flax_tied_lora._factor import (
     times_chain,
 )
 from flax_tied_lora._quantized import Quantized
+from flax_tied_lora._quantized_array import explicit
 from flax_tied_lora._rows import Rows
 from flax_tied_lora._rules import rule
 from flax_tied_lora._sites import LOOKUP, PROJECTION
@@ -167,10 +168,9 @@ def dot_general(context, eqn, lhs, rhs):
         )  # fmt: skip
 
     def quantized(term: Quantized, data: Array) -> Array:
-        sharding = params["out_sharding"]
         return _quantized_product.product(
             term, data, names, order, dtype=weight.dtype, accumulate=accumulate,
-            precision=params["precision"], out_sharding=sharding,
+            precision=params["precision"], out_sharding=explicit(eqn.outvars[0].aval),
         )  # fmt: skip
 
     if role == LOOKUP:
