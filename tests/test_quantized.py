@@ -290,6 +290,8 @@ def test_what_takes_blocks_apart_is_dequantised_and_reported():
         lambda p, x: x @ p["dense"]["kernel"][::-1],
         lambda p, x: x @ jnp.pad(p["dense"]["kernel"], ((0, 0), (0, 2))),
         lambda p, x: x @ jnp.sin(p["dense"]["kernel"]),
+        # Walked along the axis of the blocks, in step with the index.
+        lambda p, x: x @ jax.vmap(lambda w, i: w[i])(p["dense"]["kernel"], jnp.arange(32) % 24),
     ):
         with pytest.warns(tied_lora.DensifyWarning, match="'dense/kernel'"):
             tied_lora.adapt(fn)(adapted, array(3, 32))
