@@ -1,5 +1,6 @@
 """LoRA for Flax models with tied weights: one delta wherever a shared matrix is read."""
 
+from flax_tied_lora import losses as losses
 from flax_tied_lora._adapt import UnreadTargetWarning as UnreadTargetWarning
 from flax_tied_lora._adapt import adapt as adapt
 from flax_tied_lora._adapted import Adapted as Adapted

@@ -107,6 +107,17 @@ def take(array: Array, ids: Array, axis: int) -> Array:
     return array.at[where].get(out_sharding=jax.NamedSharding(sharding.mesh, jax.P(*spec)))
 
 
+def varying(array: Any) -> frozenset[str]:
+    """Returns the manual mesh axes that an array differs over, inside a `jax.shard_map`."""
+    return frozenset(getattr(getattr(jax.typeof(array), "manual_axis_type", None), "varying", ()))
+
+
+def vary(array: Any, axes: Iterable[str]) -> Any:
+    """Returns an array as one that differs over manual mesh axes, those it does already or not."""
+    lacking = frozenset(axes) - varying(array)
+    return lax.pcast(array, tuple(sorted(lacking)), to="varying") if lacking else array
+
+
 @dataclasses.dataclass
 class Cost:
     """What serving a call site symbolically costs beyond the unadapted operation."""

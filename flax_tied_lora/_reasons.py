@@ -74,7 +74,7 @@ REASONS = (
     ),
     Reason(
         "whose scale varies along rows and columns both",
-        _names("dot_general"),
+        _names("dot_general linear_cross_entropy"),
     ),
     Reason(
         "which decomposes it: that of a sum is not the sum of two",

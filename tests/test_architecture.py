@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flax_tied_lora"
 # They meet in the `Context` that rules are called with.
-ONE_ROOM = {"_rules/", "_evaluate.py"}
+ONE_ROOM = {"_rules/", "_losses/", "_evaluate.py"}
 
 
 def rooms() -> dict[str, int]:

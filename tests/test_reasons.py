@@ -78,6 +78,9 @@ CASES = {name: getattr(lax, name) for name in re.findall(r"\w+", SAME_NAME)} | {
     "lt": lambda w: w < X,
     "ne": lambda w: w != X,
     "integer_pow": lambda w: w**3,
+    "linear_cross_entropy": lambda w: tied_lora.losses.linear_cross_entropy(
+        X, w * X[:1] * X[:, :1], jnp.arange(4)
+    ),
     "lu": lambda w: lax.linalg.lu(w),
     "max": lambda w: lax.max(w, X),
     "min": lambda w: lax.min(w, X),

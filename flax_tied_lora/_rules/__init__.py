@@ -115,6 +115,7 @@ from flax_tied_lora._rules import (  # noqa: E402, F401
     layout,
     lookup,
     loops,
+    losses,
     projection,
     scaling,
 )

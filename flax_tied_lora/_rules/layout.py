@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._factor import FLOATS, RANK, Cost, Factor, MixedAxesError
+from flax_tied_lora._factor import FLOATS, RANK, Cost, Factor, MixedAxesError, vary
 from flax_tied_lora._rules import rule
 from flax_tied_lora._sites import PROJECTION
 from flax_tied_lora._weight import LowRank, Weight
@@ -239,7 +239,13 @@ def _each_array(context, eqn, weight):
     return [out]
 
 
-rule("copy", "copy_p", "stop_gradient", "pvary", "pcast", "name")(_each_array)
+rule("copy", "copy_p", "stop_gradient", "pcast", "name")(_each_array)
+
+
+@rule("pvary")
+def pvary(context, eqn, weight):
+    """Each array varies over the mesh axes that are named; some may do so already."""
+    return [jax.tree.map(lambda a: vary(a, eqn.params["axes"]), weight)]
 
 
 @rule("optimization_barrier")

@@ -1,0 +1,272 @@
+"""Cross-entropy of a projection, a chunk of tokens at a time: plain JAX, and its gradients.
+
+No array of [tokens, vocabulary] is made, only one of [chunk, vocabulary]. The table is an array, or
+a symbolic weight, which stays one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from flax_tied_lora._factor import accumulator, vary, varying
+from flax_tied_lora._losses.splitting import by_chunks
+from flax_tied_lora._weight import Weight
+
+# Tokens of a chunk: a sixteenth of all, within these bounds. Fewer than 64 leave a product too thin
+# to be worth reading the table for; more than 1,024 gain nothing.
+SHARE, LEAST, MOST = 16, 64, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What the loss is beside its operands; hashable.
+
+    Attributes:
+      vocab_axis: axis of the table that the vocabulary lies along.
+      chunk: tokens that have logits at the same time.
+      table: structure of the table's operands: an array's, or a symbolic weight's.
+      bias: whether there is one, as the operand before the table's.
+      axis_name: mesh axis that the vocabulary is split over, inside a `jax.shard_map`; or None.
+    """
+
+    vocab_axis: int
+    chunk: int
+    table: Any
+    bias: bool
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    logit_soft_cap: float | None
+    logit_scale: float
+    axis_name: str | None
+    precision: Any
+
+    @property
+    def first(self) -> int:
+        """The place of the table's first operand, after hidden, labels, weights and bias."""
+        return 4 if self.bias else 3
+
+    def project(
+        self, hidden: Array, leaves: Sequence[Any], dtype: Any = None, context: Any = None
+    ) -> Array:
+        """Returns the products of hidden states with the table, [chunk, vocabulary].
+
+        Args:
+          leaves: the table's operands.
+          dtype: of the result; by default that of the operands.
+          context: for a symbolic weight, one that is to hear of its call site.
+        """
+        table = jax.tree.unflatten(self.table, leaves)
+
+        def product(hidden: Array, table: Array) -> Array:
+            # Not by promotion rules: strict ones refuse bfloat16 beside float32.
+            wide = np.promote_types(hidden.dtype, table.dtype)
+            return lax.dot_general(
+                lax.convert_element_type(hidden, wide), lax.convert_element_type(table, wide),
+                (((1,), (1 - self.vocab_axis,)), ((), ())), self.precision, dtype or wide,
+            )  # fmt: skip
+
+        if not isinstance(table, Weight):
+            return product(hidden, table)
+        if context is None:
+            from flax_tied_lora._evaluate import Context  # it imports the rules, which need this
+
+            context = Context(on_dense="allow")
+        return context.evaluate(product, hidden, table)
+
+
+@dataclasses.dataclass
+class _Logits:
+    """The logits of a chunk, and what is known of them.
+
+    Attributes:
+      values: after scale and cap, [chunk, vocabulary].
+      slope: their derivative by what was capped; None where nothing is.
+      norm: log of the sum of their exponentials, [chunk].
+      places: of the tokens' labels in this shard of the vocabulary, or outside of it.
+      hot: where a token's label is.
+      counted: which tokens count: not those whose label is ignored.
+      known: which have a label of the vocabulary.
+      vocabulary: its size, over all shards.
+      over: sums what each shard of the vocabulary has.
+    """
+
+    values: Array
+    slope: Array | None
+    norm: Array
+    places: Array
+    hot: Array
+    counted: Array
+    known: Array
+    vocabulary: int
+    over: Callable[[Array], Array]
+
+
+def _logits(loss: Loss, hidden: Array, labels: Array, rest: Sequence[Array]) -> _Logits:
+    wide = accumulator(hidden.dtype)
+    values = loss.project(hidden, rest[1:] if loss.bias else rest, wide)
+    if loss.bias:
+        values += lax.convert_element_type(rest[0], wide)[None]
+    if loss.logit_scale != 1.0:
+        values *= loss.logit_scale
+    slope = None
+    if loss.logit_soft_cap is not None:
+        bounded = jnp.tanh(values / loss.logit_soft_cap)
+        values, slope = loss.logit_soft_cap * bounded, 1 - jnp.square(bounded)
+    name = loss.axis_name
+    over = (lambda x: x) if name is None else functools.partial(lax.psum, axis_name=name)
+    largest = jnp.max(lax.stop_gradient(values), axis=-1)
+    here, size, start = values.shape[-1], values.shape[-1], 0
+    if name is not None:
+        largest = lax.pmax(largest, name)
+        size, start = here * lax.axis_size(name), here * lax.axis_index(name)
+    norm = jnp.log(over(jnp.sum(jnp.exp(values - largest[:, None]), axis=-1))) + largest
+    places = labels - start
+    hot = lax.broadcasted_iota(labels.dtype, (1, here), 1) == places[:, None]
+    if _is_explicit(values):
+        hot = jax.sharding.reshard(hot, jax.typeof(values).sharding)
+    return _Logits(
+        values, slope, norm,
+        places=places,
+        hot=hot,
+        counted=labels != loss.ignore_index,
+        known=(labels >= 0) & (labels < size),
+        vocabulary=size, over=over,
+    )  # fmt: skip
+
+
+def _is_explicit(array: Array) -> bool:
+    return any(jax.typeof(array).sharding.spec)
+
+
+def _picked(at: _Logits) -> Array:
+    """Returns the value at each token's label; where it is in no shard, 0."""
+    if _is_explicit(at.values):
+        return at.over(jnp.sum(jnp.where(at.hot, at.values, 0), axis=-1))
+    # Not that sum: XLA for the CPU makes an array of a chunk's size for it.
+    here = (at.places >= 0) & (at.places < at.values.shape[-1])
+    out = jnp.take_along_axis(at.values, at.places[:, None], axis=-1, mode="clip")[:, 0]
+    return at.over(jnp.where(here, out, 0))
+
+
+def _values(loss: Loss, at: _Logits) -> Array:
+    picked = _picked(at)
+    if loss.label_smoothing:
+        mean = at.over(jnp.sum(at.values, axis=-1)) / at.vocabulary
+        picked = (1 - loss.label_smoothing) * picked + loss.label_smoothing * mean
+    out = at.norm - picked
+    if loss.z_loss:
+        out += loss.z_loss * jnp.square(at.norm)
+    return jnp.where(at.counted, jnp.where(at.known, out, jnp.nan), 0)
+
+
+def _slopes(loss: Loss, at: _Logits, weights: Array) -> Array:
+    """Returns the gradient of the weighted sum by the products, in closed form."""
+    share = jnp.exp(at.values - at.norm[:, None])
+    if loss.z_loss:
+        share *= (1 + 2 * loss.z_loss * at.norm)[:, None]
+    out = jnp.where(at.hot, share - (1 - loss.label_smoothing), share)
+    if loss.label_smoothing:
+        out -= loss.label_smoothing / at.vocabulary
+    if at.slope is not None:
+        out *= at.slope
+    weights = jnp.where(at.counted, jnp.where(at.known, weights, jnp.nan), 0)
+    return out * (loss.logit_scale * weights)[:, None]
+
+
+def per_token(loss: Loss, *operands: Any) -> Array:
+    """Returns each token's loss, unweighted, [tokens] in float32 or wider.
+
+    Differentiated, a chunk's logits are computed again.
+    """
+    hidden, labels, _, *rest = operands
+
+    @jax.checkpoint
+    def step(number: Any, hidden: Array, labels: Array) -> Array:
+        own = _folded(loss, number, rest)
+        return _values(loss, _logits(loss, hidden, labels, own))
+
+    return by_chunks(loss, step, hidden, labels)
+
+
+def total(loss: Loss, *operands: Any) -> Array:
+    """Returns the weighted sum of the tokens' losses. No gradient is formed."""
+    return jnp.sum(operands[2] * per_token(loss, *operands))
+
+
+def total_and_gradients(
+    loss: Loss, wrt: Sequence[int], *operands: Any
+) -> tuple[Array, list[Array]]:
+    """Returns the weighted sum of the tokens' losses, and its gradients, formed chunk by chunk.
+
+    Args:
+      wrt: the places of the operands that it is differentiated by.
+    """
+    hidden, labels, weights, *rest = _own(loss, operands)
+    wide = accumulator(hidden.dtype)
+    parts = [i for i in wrt if i >= loss.first]
+    sums = [i for i in wrt if i >= 3]  # of bias and table: over all tokens
+
+    def step(sofar: list[Array], number: Any, hidden: Array, labels: Array, weights: Array) -> Any:
+        own = _folded(loss, number, rest)
+        at = _logits(loss, hidden, labels, own)
+        losses = _values(loss, at)
+        slopes = _slopes(loss, at, weights)
+
+        def product(hidden: Array, *chosen: Array) -> Array:
+            leaves = list(own[loss.first - 3 :])
+            for i, value in zip(parts, chosen, strict=True):
+                leaves[i - loss.first] = value
+            return loss.project(hidden, leaves)
+
+        # In the operands' own dtype, as in a plain model: the products of a backward pass are no
+        # float32 ones. Nobody reads the value, so it is not computed.
+        like, pull = jax.vjp(product, hidden, *(own[i - 3] for i in parts))
+        turned, *found = pull(lax.convert_element_type(slopes, like.dtype))
+        found = dict(zip(parts, found, strict=True))
+        if loss.bias and 3 in wrt:
+            found[3] = jnp.sum(slopes, axis=0)
+        added = [
+            total + lax.convert_element_type(found[i], total.dtype)
+            for total, i in zip(sofar, sums, strict=True)
+        ]
+        return added, (losses, turned if 0 in wrt else None)
+
+    start = [_zeros(rest[i - 3]) for i in sums]
+    (losses, turned), ends = by_chunks(loss, step, hidden, labels, weights, start=start)
+    gradients = dict(zip(sums, ends, strict=True)) | {0: turned, 2: losses}
+    out = [lax.convert_element_type(gradients[i], operands[i].dtype) for i in wrt]
+    return jnp.sum(lax.convert_element_type(weights, wide) * losses), out
+
+
+def _folded(loss: Loss, number: Any, rest: Sequence[Any]) -> Sequence[Any]:
+    """Returns the operands after the weights, random keys folded for a chunk."""
+    if loss.table.num_leaves == 1:
+        return rest
+    at = 1 if loss.bias else 0
+    table = jax.tree.unflatten(loss.table, rest[at:])
+    return [*rest[:at], *jax.tree.leaves(table.fold(number))]
+
+
+def _own(loss: Loss, operands: Sequence[Any]) -> list[Any]:
+    """Returns operands of each device's own, where there is data of its own inside a `shard_map`.
+
+    Else a gradient would be summed over devices before it is multiplied with a device's tangent.
+    Over the axis of the vocabulary it is: there the loss is one for all devices.
+    """
+    axes = frozenset().union(*map(varying, operands)) - {loss.axis_name}
+    return [vary(x, axes) for x in operands]
+
+
+def _zeros(operand: Any) -> Array:
+    """Returns zeros to add gradients to, varying over the same mesh axes as the operand."""
+    zeros = jnp.zeros_like(operand, dtype=accumulator(operand.dtype))
+    return vary(zeros, varying(operand))
