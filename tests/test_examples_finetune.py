@@ -97,7 +97,7 @@ def interrupt_at(monkeypatch, number: int) -> None:
     def batches(*args):
         for step, rows in zip(itertools.count(args[-1]), whole_batches(*args), strict=False):
             if step == number:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             yield rows
 
     whole_batches = corpus.batches
@@ -162,7 +162,7 @@ def test_ctrl_c_then_the_same_command(options, whole, tmp_path, monkeypatch, cap
 
 def test_a_second_ctrl_c_stops_at_once(options, tmp_path, monkeypatch):
     def impatient(job, manager, state):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         raise AssertionError("still here")
 
     interrupt_at(monkeypatch, 1)
