@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._adapted import Adapted, is_adapted
 from flax_tied_lora._calls import Calls, filling
 from flax_tied_lora._densify import warn_of_dense
 from flax_tied_lora._evaluate import Context, OnDense, evaluate
@@ -63,10 +63,6 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
         return result
 
     return adapted_fn
-
-
-def is_adapted(x: Any) -> bool:
-    return isinstance(x, Adapted)
 
 
 def is_opaque(x: Any) -> bool:

@@ -110,6 +110,10 @@ class Adapted:
         return summary(self)
 
 
+def is_adapted(node: Any) -> bool:
+    return isinstance(node, Adapted)
+
+
 def _check_adapters(
     what: str, plan: Plan, adapters: Mapping[str, Any], stacked: bool = False
 ) -> None:

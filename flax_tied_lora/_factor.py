@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from flax_tied_lora._sharding import split
+
 RANK = "rank"
 
 # The dtypes among which a cast is linear, up to rounding.
@@ -99,23 +101,12 @@ class Factor:
 
 def take(array: Array, ids: Array, axis: int) -> Array:
     """Returns entries of an array along an axis, under Explicit axes replicated along it."""
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    if sharding is None or not any(sharding.spec):
+    sharding = split(array)
+    if sharding is None:
         return jnp.take(array, ids, axis=axis)
     spec = (None if i == axis else name for i, name in enumerate(sharding.spec))
     where = (*[slice(None)] * axis, ids)
     return array.at[where].get(out_sharding=jax.NamedSharding(sharding.mesh, jax.P(*spec)))
-
-
-def varying(array: Any) -> frozenset[str]:
-    """Returns the manual mesh axes that an array differs over, inside a `jax.shard_map`."""
-    return frozenset(getattr(getattr(jax.typeof(array), "manual_axis_type", None), "varying", ()))
-
-
-def vary(array: Any, axes: Iterable[str]) -> Any:
-    """Returns an array as one that differs over manual mesh axes, those it does already or not."""
-    lacking = frozenset(axes) - varying(array)
-    return lax.pcast(array, tuple(sorted(lacking)), to="varying") if lacking else array
 
 
 @dataclasses.dataclass
@@ -167,8 +158,7 @@ def _explicit_sharding(axes: Sequence[Axis], *factors: Factor) -> Any:
     """Returns a product's sharding under Explicit axes: each axis as its operand has it."""
     mesh, specs = None, {}
     for factor in factors:
-        sharding = getattr(jax.typeof(factor.array), "sharding", None)
-        if sharding is not None and any(sharding.spec):
+        if (sharding := split(factor.array)) is not None:
             mesh = sharding.mesh
             specs |= {a: s for a, s in zip(factor.axes, sharding.spec, strict=False) if s}
     if mesh is None:

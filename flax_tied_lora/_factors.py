@@ -18,6 +18,7 @@ from flax_tied_lora._factor import RANK, take
 from flax_tied_lora._paths import describe, is_tracer, path_name
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan, Plan
 from flax_tied_lora._quantized_array import array_of, is_quantized
+from flax_tied_lora._sharding import parts
 
 DTYPE = jnp.float32
 
@@ -188,15 +189,10 @@ def _sharding(leaf: Any, axes: Sequence[Any], shape: Sequence[int]) -> Any:
     if not isinstance(sharding, jax.NamedSharding):
         return None
     names = [
-        None if a != RANK and n != leaf.shape[a] and n % _devices(sharding.mesh, name) else name
+        None if a != RANK and n != leaf.shape[a] and n % parts(sharding.mesh, name) else name
         for a, n, name in zip(axes, shape, _names(sharding.spec, axes), strict=True)
     ]
     return jax.NamedSharding(sharding.mesh, jax.P(*names), memory_kind=sharding.memory_kind)
-
-
-def _devices(mesh: Any, name: Any) -> int:
-    names = name if isinstance(name, tuple) else (name,)
-    return math.prod(mesh.shape[n] for n in names if n is not None)
 
 
 def _names(names: Any, axes: Sequence[Any]) -> list[Any]:

@@ -14,6 +14,7 @@ from flax_tied_lora._config import LoraConfig
 from flax_tied_lora._config_axes import parts_of_leaf
 from flax_tied_lora._factor import RANK, Factor
 from flax_tied_lora._hits import excluded
+from flax_tied_lora._sharding import replicated
 from flax_tied_lora._tie_sources import TieGroup
 from flax_tied_lora._tying import Part
 
@@ -82,14 +83,6 @@ def pasted(array: jax.Array, part: jax.Array, span: Span | None) -> jax.Array:
         return part
     axis, start, stop = span
     return array.at[(*[slice(None)] * axis, slice(start, stop))].set(part)
-
-
-def replicated(array: jax.Array) -> jax.Array:
-    """Returns an array without Explicit axes, for what takes the whole of it, or joins several."""
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    if sharding is None or not any(sharding.spec):
-        return array
-    return jax.sharding.reshard(array, jax.NamedSharding(sharding.mesh, jax.P()))
 
 
 def block(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_tied_lora._paths import describe, is_tracer
+from flax_tied_lora._sharding import automatic, parts
 
 # How much of the old rows' covariance new rows have, as in transformers' `mean_resizing`.
 _COVARIANCE = 1e-9
@@ -102,7 +103,7 @@ def _compiled(fn: Any, static: tuple[int, ...], sharding: jax.NamedSharding | No
     """Returns a function compiled for a sharding that it knows nothing of."""
     make = functools.partial(fn, *static)
     if sharding is not None and jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
-        make = jax.sharding.auto_axes(make, out_sharding=sharding)
+        make = automatic(make, sharding)
     return jax.jit(make, out_shardings=sharding)
 
 
@@ -118,12 +119,11 @@ def _sharding(leaf: Any, axis: int, size: int, path: str) -> jax.NamedSharding |
     if not isinstance(sharding, jax.NamedSharding):
         return None
     names = sharding.spec[axis] if axis < len(sharding.spec) else None
-    names = names if isinstance(names, tuple) else (names,)
-    parts = math.prod(sharding.mesh.shape[n] for n in names if isinstance(n, str))
-    if size % parts:
+    count = parts(sharding.mesh, names)
+    if size % count:
         raise ValueError(
-            f"grow_vocabulary: {path!r} {describe(leaf)} is split in {parts} along axis {axis}, "
-            f"and {size} rows cannot be; pass pad_to_multiple_of={parts}"
+            f"grow_vocabulary: {path!r} {describe(leaf)} is split in {count} along axis {axis}, "
+            f"and {size} rows cannot be; pass pad_to_multiple_of={count}"
         )
     return sharding
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._paths import flatten, leaf_name
 from flax_tied_lora._plan import GroupPlan
-from flax_tied_lora._quantized_array import is_quantized
+from flax_tied_lora._quantized_array import dequantized_leaves
 from flax_tied_lora._sites import SiteFilter
 from flax_tied_lora._targets import ROLES
 from flax_tied_lora._weight import Weight
@@ -27,23 +27,13 @@ def plain(adapted: Adapted, arrays: Mapping[str, Any]) -> Any:
         stored quantised are dequantised.
     """
     leaves, treedef = flatten(adapted.params)
-    arrays = {**_dequantized({p: x for p, x in leaves.items() if p not in arrays}), **arrays}
+    arrays = {**dequantized_leaves({p: x for p, x in leaves.items() if p not in arrays}), **arrays}
     for group in adapted.plan.groups:
         for member in group.members[1:]:
             canonical = arrays.get(group.key, leaves[group.key])
             if member.path not in arrays:
                 leaves[member.path] = _transposed(canonical) if member.transposed else canonical
     return jax.tree.unflatten(treedef, [arrays.get(p, x) for p, x in leaves.items()])
-
-
-def _dequantized(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the quantised ones of some leaves as arrays, what is shared as one array."""
-    made: dict[int, Any] = {}
-    stored = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
-    for leaf in stored.values():
-        if id(leaf) not in made:
-            made[id(leaf)] = leaf.dequantize()
-    return {path: made[id(leaf)] for path, leaf in stored.items()}
 
 
 def _transposed(leaf: Any) -> Any:

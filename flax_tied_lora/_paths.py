@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,23 @@ class TiedLeaf:
 
 def is_marker(node: Any) -> bool:
     return isinstance(node, TiedLeaf)
+
+
+def refuse_markers(what: str, leaves: Mapping[str, Any], instead: str) -> None:
+    """Refuses leaves among which there are markers: the params of an `Adapted`.
+
+    Args:
+      instead: what to do, for the error.
+
+    Raises:
+      TypeError: there is one.
+    """
+    for path, leaf in leaves.items():
+        if is_marker(leaf):
+            raise TypeError(
+                f"{what}: {path!r} is a marker of a tie group: these are the params of an Adapted; "
+                f"{instead}"
+            )
 
 
 def is_leaf(node: Any) -> bool:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._adapt import is_adapted, is_opaque
-from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._adapt import is_opaque
+from flax_tied_lora._adapted import Adapted, is_adapted
 from flax_tied_lora._calls import filling
 from flax_tied_lora._paths import describe, path_name
 

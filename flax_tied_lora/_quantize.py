@@ -20,7 +20,7 @@ from flax_tied_lora._paths import (
     module_of,
     nearby,
 )
-from flax_tied_lora._quantized_array import QTYPES, QuantizedArray, is_quantized
+from flax_tied_lora._quantized_array import QTYPES, QuantizedArray, dequantized_leaves, is_quantized
 from flax_tied_lora._sites import OTHER, CallSites
 from flax_tied_lora._tie_sources import is_table
 
@@ -155,11 +155,7 @@ def dequantize(params: Any) -> Any:
     if isinstance(params, Adapted):
         return dataclasses.replace(params, params=dequantize(params.params))
     leaves, treedef = flatten(params)
-    made: dict[int, Any] = {}
-    for leaf in leaves.values():
-        if is_quantized(leaf) and id(leaf) not in made:
-            made[id(leaf)] = leaf.dequantize()
-    return jax.tree.unflatten(treedef, [made.get(id(x), x) for x in leaves.values()])
+    return jax.tree.unflatten(treedef, list((leaves | dequantized_leaves(leaves)).values()))
 
 
 def stored_bytes(params: Any) -> int:

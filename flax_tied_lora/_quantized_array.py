@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import register_dataclass
+
+from flax_tied_lora._sharding import automatic, explicit, parts
 
 FOUR_BITS = ("int4", "nf4")
 QTYPES = ("int8", *FOUR_BITS)
@@ -73,8 +76,9 @@ class QuantizedArray:
             shapes = jax.eval_shape(integers, jax.ShapeDtypeStruct(array.shape, array.dtype))
             return automatic(integers, jax.tree.map(lambda x: _fitting(own, x), shapes))(array)
 
-        run = jax.eval_shape if isinstance(array, jax.ShapeDtypeStruct) else _call
-        return run(jax.jit(make), array)
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.eval_shape(make, array)
+        return jax.jit(make)(array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,13 +126,19 @@ class QuantizedArray:
 register_dataclass(QuantizedArray, ["values", "scales"], ["qtype", "axis"])
 
 
-def _call(function: Any, array: Any) -> Any:
-    return function(array)
-
-
 def is_quantized(node: Any) -> bool:
     """Returns whether a leaf is stored quantised."""
     return isinstance(node, QuantizedArray)
+
+
+def dequantized_leaves(leaves: Mapping[str, Any]) -> dict[str, Array]:
+    """Returns the quantised ones of some leaves as arrays, what is shared as one array."""
+    made: dict[int, Array] = {}
+    stored = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
+    for leaf in stored.values():
+        if id(leaf) not in made:
+            made[id(leaf)] = leaf.dequantize()
+    return {path: made[id(leaf)] for path, leaf in stored.items()}
 
 
 def plain_array(leaf: Any) -> Any:
@@ -158,32 +168,12 @@ def dequantized(values: Array, scales: Array, qtype: str, axis: int) -> Array:
     return (make if own is None else automatic(make, own))(values, scales)
 
 
-def explicit(aval: Any) -> jax.NamedSharding | None:
-    """Returns the sharding that is part of an array's type (`jax.typeof`): on Explicit axes."""
-    sharding = getattr(aval, "sharding", None)
-    if sharding is None or jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    return sharding
-
-
-def automatic(function: Any, out_sharding: Any) -> Any:
-    """Returns a function within which the compiler places arrays, as on Auto mesh axes.
-
-    What takes blocks apart and puts them together has no rule for Explicit ones.
-    """
-    return jax.sharding.auto_axes(function, out_sharding=out_sharding)
-
-
 def _fitting(sharding: jax.NamedSharding, array: Any) -> jax.NamedSharding:
     """Returns a sharding without the axes that an array is too short for."""
-
-    def parts(names: Any) -> int:
-        names = names if isinstance(names, tuple) else (names,)
-        return math.prod(sharding.mesh.shape[n] for n in names if isinstance(n, str))
-
     spec = (*sharding.spec, *[None] * (len(array.shape) - len(sharding.spec)))
-    kept = [s if n % parts(s) == 0 else None for s, n in zip(spec, array.shape, strict=True)]
-    return jax.NamedSharding(sharding.mesh, jax.P(*kept))
+    mesh = sharding.mesh
+    kept = [s if n % parts(mesh, s) == 0 else None for s, n in zip(spec, array.shape, strict=True)]
+    return jax.NamedSharding(mesh, jax.P(*kept))
 
 
 def _packed(values: Array, axis: int, blocks: int) -> Array:

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from flax_tied_lora._factor import Axis, Cost, Factor, MixedAxesError, contract
 from flax_tied_lora._quantized import Quantized
-from flax_tied_lora._quantized_array import automatic, explicit
+from flax_tied_lora._sharding import automatic, explicit
 
 # A matrix is dequantised in 64 chunks, or fewer of this many entries (2 MiB of float32): a small
 # part of a transformer's layer.

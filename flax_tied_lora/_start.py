@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from flax_tied_lora._factors import key_number, unboxed
-from flax_tied_lora._fused import cut, pasted, replicated
+from flax_tied_lora._fused import cut, pasted
 from flax_tied_lora._init import from_weight, orthogonal
 from flax_tied_lora._paths import is_tracer
 from flax_tied_lora._plan import LORA, AdapterPlan, GroupPlan, Plan
 from flax_tied_lora._quantized_array import is_quantized
+from flax_tied_lora._sharding import replicated
 
 
 def start_from_weights(

@@ -7,9 +7,7 @@ from typing import Any
 
 import jax
 
-from flax_tied_lora._paths import (
-    flatten,
-)
+from flax_tied_lora._paths import flatten
 from flax_tied_lora._quantized_array import array_of
 from flax_tied_lora._sites import LOOKUP, CallSites
 from flax_tied_lora._tie_sources import (
@@ -53,6 +51,12 @@ def find_ties(
       TypeError: ``ties`` is none of the above.
     """
     return ties_among(flatten(params)[0], ties, sites=sites, equal_values=equal_values)
+
+
+def all_groups(leaves: Iterable[str], ties: Sequence[TieGroup]) -> list[TieGroup]:
+    """Returns the tie groups, and a group of one for every leaf that is in none."""
+    tied = {path for group in ties for path in group.paths}
+    return [*ties, *(TieGroup((Member(path),)) for path in leaves if path not in tied)]
 
 
 def ties_among(

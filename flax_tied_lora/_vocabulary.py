@@ -14,10 +14,11 @@ from flax import nnx
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._factors import key_number, typed_key, uncommitted
 from flax_tied_lora._growth import grown
-from flax_tied_lora._paths import describe, flatten, is_marker
+from flax_tied_lora._paths import describe, flatten, is_marker, refuse_markers
 from flax_tied_lora._quantized_array import is_quantized
 from flax_tied_lora._sites import CallSites
-from flax_tied_lora._ties import Member, TieGroup, ties_among
+from flax_tied_lora._start import in_place
+from flax_tied_lora._ties import Member, TieGroup, all_groups, ties_among
 from flax_tied_lora._vocabulary_adapters import grown_adapters
 from flax_tied_lora._vocabulary_leaves import WHAT, vocabulary_axes
 
@@ -130,19 +131,19 @@ def grow_vocabulary(
     adapted = params if isinstance(params, Adapted) else None
     own, treedef = flatten(params if adapted is None else adapted.params)
     if adapted is None:
-        _check_plain(own)
+        refuse_markers(WHAT, own, "pass the Adapted")
         tied = ties_among(own, ties, sites=sites)
     elif isinstance(ties, str) and ties == "auto":
         tied = [g.tie() for g in adapted.plan.groups]
     else:
         raise TypeError(f"{WHAT}: ties={ties!r} with an Adapted, whose plan has them; leave it out")
-    groups = _with_single_ones(own, tied)
+    groups = all_groups(own, tied)
     table, axes = vocabulary_axes(own, groups, sites, dict(leaves or {}))
     embedding = next(g for g in groups if table in g.paths)
     axes = {p: axes[p] for p in [*embedding.paths, *axes]}
     old_size = own[embedding.key].shape[axes[embedding.key]]
     vocabulary = _vocabulary(n_tokens, old_tokens, old_size, pad_to_multiple_of, axes)
-    _check_floating(own, axes)
+    _refuse_quantized(own, axes)
     inits = _inits(init, own, axes, embedding)
 
     new = dict(own)
@@ -161,27 +162,13 @@ def grow_vocabulary(
     return params, vocabulary
 
 
-def _check_plain(leaves: Mapping[str, Any]) -> None:
-    for path, leaf in leaves.items():
-        if is_marker(leaf):
-            raise TypeError(
-                f"{WHAT}: {path!r} is a marker of a tie group: these are the params of an Adapted; "
-                "pass the Adapted"
-            )
-
-
-def _check_floating(leaves: Mapping[str, Any], axes: Mapping[str, int]) -> None:
+def _refuse_quantized(leaves: Mapping[str, Any], axes: Mapping[str, int]) -> None:
     for path in axes:
         if is_quantized(leaves[path]):
             raise ValueError(
                 f"{WHAT}: {path!r} is stored quantised, and new rows would have to be, too; grow "
                 "dequantize(params), and quantize the result"
             )
-
-
-def _with_single_ones(leaves: Mapping[str, Any], ties: list[TieGroup]) -> list[TieGroup]:
-    tied = {path for group in ties for path in group.paths}
-    return [*ties, *(TieGroup((Member(path),)) for path in leaves if path not in tied)]
 
 
 def _vocabulary(
@@ -256,6 +243,4 @@ def _as_member(first: Any, member: Member, old: Any) -> Any:
         return first
     if isinstance(first, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(first.shape[::-1], first.dtype, sharding=old.sharding)
-    sharding = getattr(old, "sharding", None)
-    named = isinstance(sharding, jax.NamedSharding)
-    return jax.device_put(first.T, sharding) if named else first.T
+    return in_place(old, first.T)

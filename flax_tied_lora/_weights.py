@@ -17,9 +17,10 @@ from flax_tied_lora._factors import is_box, key_number, unboxed
 from flax_tied_lora._fused import block
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._quantized import Quantized, frozen
-from flax_tied_lora._quantized_array import automatic, explicit, is_quantized
+from flax_tied_lora._quantized_array import is_quantized
 from flax_tied_lora._quantized_product import product, squares
 from flax_tied_lora._rows import Rows
+from flax_tied_lora._sharding import automatic, explicit
 from flax_tied_lora._sites import SiteFilter
 from flax_tied_lora._ties import Member
 from flax_tied_lora._weight import Dense, LowRank, Origin, Term, Weight

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._adapted import Adapted, is_adapted
 from flax_tied_lora._config import LoraConfig
 from flax_tied_lora._factors import DTYPE, boxes_of, make_adapters, typed_key
 from flax_tied_lora._grouping import Named, plan_of
-from flax_tied_lora._paths import TiedLeaf, describe, flatten, is_marker
+from flax_tied_lora._paths import TiedLeaf, describe, flatten, refuse_markers
 from flax_tied_lora._plan import LORA, Plan
 from flax_tied_lora._quantized_array import array_of
 from flax_tied_lora._sites import CallSites
 from flax_tied_lora._start import start_from_weights
-from flax_tied_lora._ties import Member, TieGroup, ties_among
+from flax_tied_lora._ties import TieGroup, all_groups, ties_among
 from flax_tied_lora._tying import says_untied
 
 
@@ -87,7 +87,7 @@ def wrap_as(
     """Returns what `wrap` does; what is adapted may be known, in place of what the config names."""
     leaves, treedef = _checked(params, config, sites)
     rng = jax.random.key(0) if rng is None else typed_key("wrap", rng)
-    groups = _all_groups(leaves, ties_among(leaves, ties, sites=sites))
+    groups = all_groups(leaves, ties_among(leaves, ties, sites=sites))
     for group in groups:
         _no_hidden_conflict(group, leaves)
     plan = plan_of(config, leaves, groups, sites, says_untied(ties), named)
@@ -102,12 +102,8 @@ def wrap_as(
     return Adapted(stored_once(leaves, treedef, plan), adapters, scaling, None, plan)
 
 
-def _is_adapted(node: Any) -> bool:
-    return isinstance(node, Adapted)
-
-
 def _checked(params: Any, config: Any, sites: Any) -> tuple[dict[str, Any], Any]:
-    if any(isinstance(x, Adapted) for x in jax.tree.leaves(params, is_leaf=_is_adapted)):
+    if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
         raise TypeError(
             "wrap: these params are wrapped already; wrap tied_lora.base(adapted) for other "
             "adapters, or tied_lora.merge(adapted) to build on these"
@@ -119,19 +115,8 @@ def _checked(params: Any, config: Any, sites: Any) -> tuple[dict[str, Any], Any]
     leaves, treedef = flatten(params)
     if not leaves:
         raise ValueError("wrap: params has no leaves; expected the params of an initialised model")
-    for path, leaf in leaves.items():
-        if is_marker(leaf):
-            raise TypeError(
-                f"wrap: {path!r} is a marker of a tie group: these are the params of an Adapted; "
-                "wrap tied_lora.base(adapted) instead"
-            )
+    refuse_markers("wrap", leaves, "wrap tied_lora.base(adapted) instead")
     return leaves, treedef
-
-
-def _all_groups(leaves: Mapping[str, Any], ties: Sequence[TieGroup]) -> list[TieGroup]:
-    """Returns the tie groups, and a group of one for every leaf that is in none."""
-    tied = {path for group in ties for path in group.paths}
-    return [*ties, *(TieGroup((Member(path),)) for path in leaves if path not in tied)]
 
 
 def _no_hidden_conflict(group: TieGroup, leaves: Mapping[str, Any]) -> None:

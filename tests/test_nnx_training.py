@@ -70,17 +70,18 @@ def check(losses, model_factors):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@nnx.jit
+def step(model, optimizer, tokens):
+    value, grads = nnx.value_and_grad(loss, argnums=TRAINABLE)(model, tokens)
+    optimizer.update(model, grads)
+    return value
+
+
 class TestLoops:
     def test_nnx_jit_and_optimizer(self):
         model = adapted()
         frozen = jax.tree.map(jnp.copy, nnx.state(model.module))
         optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.LoRAParam)
-
-        @nnx.jit
-        def step(model, optimizer, tokens):
-            value, grads = nnx.value_and_grad(loss, argnums=TRAINABLE)(model, tokens)
-            optimizer.update(model, grads)
-            return value
 
         check([float(step(model, optimizer, TOKENS)) for _ in range(STEPS)], factors(model))
         for a, b in zip(
@@ -131,12 +132,6 @@ class TestLoops:
         model = wrapped(net, ["embed_tokens", "lin"], sites=sites, lora_dropout=0.1)
         model.train()
         optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.LoRAParam)
-
-        @nnx.jit
-        def step(model, optimizer, tokens):
-            value, grads = nnx.value_and_grad(loss, argnums=TRAINABLE)(model, tokens)
-            optimizer.update(model, grads)
-            return value
 
         kernel, mean = model.layers.lin.kernel.get_value(), model.layers.norm.mean.get_value()
         losses = [float(step(model, optimizer, TOKENS)) for _ in range(6)]

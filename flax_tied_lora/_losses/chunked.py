@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from flax_tied_lora._factor import accumulator, vary, varying
+from flax_tied_lora._factor import accumulator
 from flax_tied_lora._losses.splitting import by_chunks
+from flax_tied_lora._sharding import split, vary, varying
 from flax_tied_lora._weight import Weight
 
 # Tokens of a chunk: a sixteenth of all, within these bounds. Fewer than 64 leave a product too thin
@@ -131,8 +132,8 @@ def _logits(loss: Loss, hidden: Array, labels: Array, rest: Sequence[Array]) -> 
     norm = jnp.log(over(jnp.sum(jnp.exp(values - largest[:, None]), axis=-1))) + largest
     places = labels - start
     hot = lax.broadcasted_iota(labels.dtype, (1, here), 1) == places[:, None]
-    if _is_explicit(values):
-        hot = jax.sharding.reshard(hot, jax.typeof(values).sharding)
+    if (sharding := split(values)) is not None:
+        hot = jax.sharding.reshard(hot, sharding)
     return _Logits(
         values, slope, norm,
         places=places,
@@ -143,13 +144,9 @@ def _logits(loss: Loss, hidden: Array, labels: Array, rest: Sequence[Array]) -> 
     )  # fmt: skip
 
 
-def _is_explicit(array: Array) -> bool:
-    return any(jax.typeof(array).sharding.spec)
-
-
 def _picked(at: _Logits) -> Array:
     """Returns the value at each token's label; where it is in no shard, 0."""
-    if _is_explicit(at.values):
+    if split(at.values) is not None:
         return at.over(jnp.sum(jnp.where(at.hot, at.values, 0), axis=-1))
     # Not that sum: XLA for the CPU makes an array of a chunk's size for it.
     here = (at.places >= 0) & (at.places < at.values.shape[-1])

@@ -31,7 +31,7 @@ from flax_tied_lora._start import in_place
 # Name, shape, dtype, and what makes the tensor.
 Entry = tuple[str, tuple[int, ...], Any, Any]
 
-# What PEFT calls the module that it puts another one's place.
+# What PEFT calls the module that it puts another one in the place of.
 _INSIDE = {LORA: ".base_layer", TRAINABLE_TOKENS: ".token_adapter.base_layer"}
 
 

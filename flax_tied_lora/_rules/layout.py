@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._factor import FLOATS, RANK, Cost, Factor, MixedAxesError, vary
+from flax_tied_lora._factor import FLOATS, RANK, Cost, Factor, MixedAxesError
 from flax_tied_lora._rules import rule
+from flax_tied_lora._sharding import vary
 from flax_tied_lora._sites import PROJECTION
 from flax_tied_lora._weight import LowRank, Weight
 

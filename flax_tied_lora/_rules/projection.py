@@ -23,9 +23,9 @@ from flax_tied_lora._factor import (
     times_chain,
 )
 from flax_tied_lora._quantized import Quantized
-from flax_tied_lora._quantized_array import explicit
 from flax_tied_lora._rows import Rows
 from flax_tied_lora._rules import rule
+from flax_tied_lora._sharding import explicit, split, varying
 from flax_tied_lora._sites import LOOKUP, PROJECTION
 from flax_tied_lora._weight import LowRank, Term, Weight, add
 
@@ -58,7 +58,7 @@ def serve(
             data = x if plain is None else plain
             if plain is not None and term.key is not None:
                 data = dropped(term, plain)
-            sharding = _explicit(parts[0]) if parts else None
+            sharding = split(parts[0]) if parts else None
             parts.append(low_rank(term, data, cost, sharding))
             continue
         if isinstance(term, Rows) and rows is not None and plain is not None:
@@ -83,11 +83,6 @@ def serve(
     return lax.convert_element_type(out, aval.dtype)
 
 
-def _explicit(array: Array) -> Any:
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    return sharding if sharding is not None and any(sharding.spec) else None
-
-
 def _refuse_differentiated(context: Any, term: Term) -> None:
     """Refuses dropout in a differentiated program: its passes would draw different masks."""
     if not isinstance(term, LowRank) or term.key is None:
@@ -106,8 +101,7 @@ def dropped(term: LowRank, x: Array) -> Array:
     keep = 1.0 - term.dropout
     assert term.key is not None
     key = term.key
-    manual = getattr(jax.typeof(x), "manual_axis_type", None)
-    for name in sorted(getattr(manual, "varying", ())):
+    for name in sorted(varying(x)):
         key = jax.random.fold_in(key, lax.axis_index(name))  # other data, another mask
     mask = jax.random.bernoulli(key, keep, x.shape)
     return lax.select(mask, x / jnp.array(keep, x.dtype), jnp.zeros_like(x))

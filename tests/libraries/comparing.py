@@ -15,6 +15,12 @@ import pytest
 import flax_tied_lora as tied_lora
 from tests.oracle import perturbed
 
+# The models are of one size, and tunix and gemma call their table the same.
+VOCABULARY, WIDTH, HIDDEN, HEADS, KEY_HEADS, HEAD = 64, 16, 24, 4, 2, 8
+TABLE = "embedder/input_embedding"
+BATCH, LENGTH = 2, 6
+TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (BATCH, LENGTH)).astype(np.int32)
+
 # Quickly rather than well: each program runs once or twice.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -129,3 +135,29 @@ def decoded(
             tokens.append(drawn)
     assert len(traced) == 1
     return np.stack(tokens[len(prompt.T) :], 1), np.stack(each, 1)
+
+
+def assert_decodes_merged(case: Any, adapted: tied_lora.Adapted, tokens: Any, more: int) -> None:
+    """Checks a model's cache, a token at a time, under jit with the cache donated.
+
+    Args:
+      case: with ``logits``, ``call`` and ``new_cache``.
+      more: how many tokens to decode behind those given.
+    """
+    length = tokens.shape[1]
+    total, merged = length + more, tied_lora.merge(adapted)
+    call = tied_lora.adapt(case.call, on_dense="error")
+    found, logits = decoded(call, adapted, tokens, case.new_cache(total), total)
+    expected, reference = decoded(case.call, merged, tokens, case.new_cache(total), total)
+    np.testing.assert_array_equal(found, expected)
+    assert far(logits, reference) < 1e-5
+    # The cache holds what the whole text gives at once.
+    assert far(logits[:, :length], compiled(case.logits)(merged, tokens)) < 1e-5
+
+
+def assert_merged_in_bfloat16_of(case: Any, params: Any, tokens: Any) -> None:
+    """Does what `assert_merged_in_bfloat16` does with params cast to bfloat16, adapted."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    half = wrapped(case.logits, params, case.family.targets, tokens)
+    exact = half.replace(params=jax.tree.map(lambda x: x.astype(jnp.float32), half.params))
+    assert_merged_in_bfloat16(case.logits, half, exact, tokens)

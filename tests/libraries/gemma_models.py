@@ -16,6 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.libraries.comparing import (
+    BATCH,
+    HEAD,
+    HEADS,
+    HIDDEN,
+    KEY_HEADS,
+    TABLE,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+)
+
 
 @contextlib.contextmanager
 def tensorflow_by_name() -> Iterator[None]:
@@ -57,11 +69,6 @@ with warnings.catch_warnings(), tensorflow_by_name(), flax_as_it_was():
     TransformerConfig = gm.nn.config.TransformerConfig
     Transformer = gm.nn.Transformer
     LOCAL, GLOBAL = gm.nn.AttentionType.LOCAL_SLIDING, gm.nn.AttentionType.GLOBAL
-
-VOCABULARY, WIDTH, HIDDEN, HEADS, KEY_HEADS, HEAD = 64, 16, 24, 4, 2, 8
-TABLE = "embedder/input_embedding"
-BATCH, LENGTH = 2, 6
-TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (BATCH, LENGTH)).astype(np.int32)
 
 _BODY = {
     "num_embed": VOCABULARY,

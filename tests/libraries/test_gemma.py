@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -18,20 +17,19 @@ import flax_tied_lora as tied_lora
 from flax_tied_lora.names import from_state_dict, names_of, to_state_dict
 from flax_tied_lora.peft import load_adapter, save_adapter
 from tests.libraries import comparing
-from tests.libraries.comparing import compiled, decoded, far
-from tests.libraries.gemma_models import (
-    FAMILIES,
+from tests.libraries.comparing import (
     HEAD,
     HEADS,
     HIDDEN,
     KEY_HEADS,
-    LENGTH,
     TABLE,
     TOKENS,
     VOCABULARY,
     WIDTH,
-    build,
+    compiled,
+    far,
 )
+from tests.libraries.gemma_models import FAMILIES, build
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 # What is compiled: all of them in `make test-libraries`.
@@ -73,24 +71,12 @@ def test_logits_and_gradients_are_those_of_the_merged_model(name):
 @pytest.mark.slow
 def test_bfloat16_logits_and_gradients_are_those_of_the_merged_model():
     case = build("gemma3")
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.params)
-    half = comparing.wrapped(case.logits, params, case.family.targets, TOKENS)
-    exact = half.replace(params=jax.tree.map(lambda x: x.astype(jnp.float32), half.params))
-    comparing.assert_merged_in_bfloat16(case.logits, half, exact, TOKENS)
+    comparing.assert_merged_in_bfloat16_of(case, case.params, TOKENS)
 
 
 @each_compiled
 def test_decodes_what_the_merged_model_decodes(name):
-    """gemma's cache, a token at a time, under jit with the cache donated."""
-    case, adapted, total = build(name), adapted_of(name), LENGTH + 4
-    call = tied_lora.adapt(case.call, on_dense="error")
-    found, logits = decoded(call, adapted, TOKENS, case.new_cache(total), total)
-    merged = tied_lora.merge(adapted)
-    expected, reference = decoded(case.call, merged, TOKENS, case.new_cache(total), total)
-    np.testing.assert_array_equal(found, expected)
-    assert far(logits, reference) < 1e-5
-    # The cache holds what the whole text gives at once.
-    assert far(logits[:, :LENGTH], compiled(case.logits)(merged, TOKENS)) < 1e-5
+    comparing.assert_decodes_merged(build(name), adapted_of(name), TOKENS, 4)
 
 
 TORCH = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 import flax_tied_lora as tied_lora
 from tests.libraries import comparing
-from tests.libraries.comparing import compiled, decoded, far
-from tests.libraries.tunix_models import FAMILIES, LENGTH, TABLE, TOKENS, build
+from tests.libraries.comparing import TABLE, TOKENS, compiled, far
+from tests.libraries.tunix_models import FAMILIES, build
 
 # tunix 0.1.7 reads `Variable.value`, which Flax 0.12 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -79,24 +78,12 @@ def test_rematerialised_logits_and_gradients_are_those_of_the_merged_model(name,
 @pytest.mark.parametrize("name", ["llama3", "gemma2 fused"])
 def test_bfloat16_logits_and_gradients_are_those_of_the_merged_model(name):
     case = build(name)
-    state = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.state)
-    half = comparing.wrapped(case.logits, state, case.family.targets, TOKENS)
-    exact = half.replace(params=jax.tree.map(lambda x: x.astype(jnp.float32), half.params))
-    comparing.assert_merged_in_bfloat16(case.logits, half, exact, TOKENS)
+    comparing.assert_merged_in_bfloat16_of(case, case.state, TOKENS)
 
 
 @each_compiled
 def test_decodes_what_the_merged_model_decodes(name):
-    """tunix's cache, a token at a time, under jit with the cache donated."""
-    case, adapted, total = build(name), adapted_of(name), LENGTH + 4
-    call = tied_lora.adapt(case.call, on_dense="error")
-    found, logits = decoded(call, adapted, TOKENS, case.new_cache(total), total)
-    merged = tied_lora.merge(adapted)
-    expected, reference = decoded(case.call, merged, TOKENS, case.new_cache(total), total)
-    np.testing.assert_array_equal(found, expected)
-    assert far(logits, reference) < 1e-5
-    # The cache holds what the whole text gives at once.
-    assert far(logits[:, :LENGTH], compiled(case.logits)(merged, TOKENS)) < 1e-5
+    comparing.assert_decodes_merged(build(name), adapted_of(name), TOKENS, 4)
 
 
 @comparing.each_of(["qwen3", "gemma3"], quick=["gemma3"])

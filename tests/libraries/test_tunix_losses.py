@@ -11,7 +11,8 @@ from flax import nnx
 
 import flax_tied_lora as tied_lora
 from tests.full_logits import assert_same
-from tests.libraries.tunix_models import TABLE, TOKENS, build
+from tests.libraries.comparing import TABLE, TOKENS
+from tests.libraries.tunix_models import build
 from tests.oracle import perturbed
 
 # tunix 0.1.7 reads `Variable.value`, which Flax 0.12 deprecates.

@@ -14,16 +14,8 @@ from flax import nnx
 import flax_tied_lora as tied_lora
 import flax_tied_lora.nnx
 from tests.libraries import comparing
-from tests.libraries.comparing import far, loss_of
-from tests.libraries.tunix_models import (
-    FAMILIES,
-    LAYERS,
-    LENGTH,
-    TOKENS,
-    build,
-    peft_trainer,
-    sampler,
-)
+from tests.libraries.comparing import LENGTH, TOKENS, far, loss_of
+from tests.libraries.tunix_models import FAMILIES, LAYERS, build, peft_trainer, sampler
 
 # tunix 0.1.7 reads `Variable.value`, which Flax 0.12 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -13,6 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tests.libraries.comparing import (
+    BATCH,
+    HEAD,
+    HEADS,
+    HIDDEN,
+    KEY_HEADS,
+    TABLE,
+    VOCABULARY,
+    WIDTH,
+)
+
 with warnings.catch_warnings():
     # tunix and what it imports use what newer releases of their own dependencies deprecate.
     warnings.simplefilter("ignore")
@@ -28,10 +39,7 @@ with warnings.catch_warnings():
     # Importing tunix turns a setting of Flax off for everybody; the other tests run with it on.
     flax.config.update("flax_always_shard_variable", sharding_of_variables)
 
-VOCABULARY, WIDTH, HIDDEN, LAYERS, HEADS, KEY_HEADS, HEAD = 64, 16, 24, 2, 4, 2, 8
-TABLE = "embedder/input_embedding"
-BATCH, LENGTH = 2, 6
-TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (BATCH, LENGTH)).astype(np.int32)
+LAYERS = 2
 
 _BODY = {
     "num_layers": LAYERS,

@@ -1,0 +1,57 @@
+"""Where arrays are: shardings that are part of a type, manual mesh axes, and parts of an axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def explicit(aval: Any) -> jax.NamedSharding | None:
+    """Returns the sharding that is part of an array's type (`jax.typeof`): on Explicit axes."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return sharding
+
+
+def split(array: Any) -> jax.NamedSharding | None:
+    """Returns the sharding that is part of an array's type, where it splits one of its axes."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    return sharding if sharding is not None and any(sharding.spec) else None
+
+
+def replicated(array: Any) -> Any:
+    """Returns an array without Explicit axes, for what takes the whole of it, or joins several."""
+    sharding = split(array)
+    if sharding is None:
+        return array
+    return jax.sharding.reshard(array, jax.NamedSharding(sharding.mesh, jax.P()))
+
+
+def automatic(function: Any, out_sharding: Any) -> Any:
+    """Returns a function within which the compiler places arrays, as on Auto mesh axes.
+
+    What takes axes apart and puts them together has no rule for Explicit ones.
+    """
+    return jax.sharding.auto_axes(function, out_sharding=out_sharding)
+
+
+def parts(mesh: Any, names: Any) -> int:
+    """Returns in how many parts an axis is split: what a spec names for it is a name or several."""
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(mesh.shape[n] for n in names if isinstance(n, str))
+
+
+def varying(array: Any) -> frozenset[str]:
+    """Returns the manual mesh axes that an array differs over, inside a `jax.shard_map`."""
+    return frozenset(getattr(getattr(jax.typeof(array), "manual_axis_type", None), "varying", ()))
+
+
+def vary(array: Any, axes: Iterable[str]) -> Any:
+    """Returns an array as one that differs over manual mesh axes, those it does already or not."""
+    lacking = frozenset(axes) - varying(array)
+    return lax.pcast(array, tuple(sorted(lacking)), to="varying") if lacking else array
