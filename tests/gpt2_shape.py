@@ -62,8 +62,8 @@ def dense(p: Any, x: jax.Array, delta: Any = None) -> jax.Array:
 
 
 @jax.numpy_rank_promotion("allow")
-def forward(p: Any, tokens: jax.Array, s: Shape, deltas: Any = None) -> jax.Array:
-    """Logits; with ``deltas``, tied LoRA as one would write it by hand."""
+def hidden_states(p: Any, tokens: jax.Array, s: Shape, deltas: Any = None) -> jax.Array:
+    """What the output projection is given; with ``deltas``, tied LoRA as one writes it by hand."""
     deltas = deltas or {}
     table, delta = p["wte"]["embedding"], deltas.get("wte/embedding")
     x = table[tokens]
@@ -80,7 +80,13 @@ def forward(p: Any, tokens: jax.Array, s: Shape, deltas: Any = None) -> jax.Arra
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
         x = x + dense(layer["c_proj"], mixed)
         x = x + dense(layer["c_out"], jax.nn.gelu(dense(layer["c_fc"], norm(layer["ln_2"], x))))
-    x = norm(p["ln_f"], x)
+    return norm(p["ln_f"], x)
+
+
+def forward(p: Any, tokens: jax.Array, s: Shape, deltas: Any = None) -> jax.Array:
+    """Logits; with ``deltas``, tied LoRA as one would write it by hand."""
+    x, table = hidden_states(p, tokens, s, deltas), p["wte"]["embedding"]
+    delta = (deltas or {}).get("wte/embedding")
     logits = x @ table.T
     if delta is not None:
         logits = logits + ((x @ delta["lora_b"].T) * 2.0) @ delta["lora_a"].T
@@ -126,6 +132,24 @@ def ours(s: Shape, targets: list[str], **options: Any) -> Any:
 
     def of_adapters(adapters: Any, frozen: Any, tokens: Any) -> Any:
         return loss(apply(frozen.replace(adapters=adapters), tokens), tokens)
+
+    tokens = jax.ShapeDtypeStruct((s.batch, s.length), jnp.int32)
+    return step(of_adapters)(whole, whole.adapters, tokens)
+
+
+def without_logits(s: Shape, targets: list[str]) -> Any:
+    """The same step, its loss `linear_cross_entropy`."""
+    whole = adapted(s, targets)
+
+    def of_params(p: Any, tokens: Any) -> Any:
+        hidden = hidden_states(p, tokens[:, :-1], dataclasses.replace(s, length=s.length - 1))
+        table = p["wte"]["embedding"]
+        return tied_lora.losses.linear_cross_entropy(hidden, table, tokens[:, 1:])
+
+    served = tied_lora.adapt(of_params, on_dense="error")
+
+    def of_adapters(adapters: Any, frozen: Any, tokens: Any) -> Any:
+        return served(frozen.replace(adapters=adapters), tokens)
 
     tokens = jax.ShapeDtypeStruct((s.batch, s.length), jnp.int32)
     return step(of_adapters)(whole, whole.adapters, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -42,7 +43,10 @@ def tables(compiled: Any, shape: gpt2_shape.Shape = SHAPE) -> int:
 
 
 def test_flops_are_those_of_tied_lora_by_hand(programs):
-    assert flops(programs["ours"]) == pytest.approx(flops(programs["by hand"]), rel=0.005)
+    # XLA counts a loop's body once; the delta's logits are made in a loop of 8 parts.
+    uncounted = 7 / 8 * 2 * SHAPE.batch * SHAPE.length * SHAPE.vocabulary * gpt2_shape.RANK
+    ours = flops(programs["ours"]) + uncounted
+    assert 0.995 < ours / flops(programs["by hand"]) <= 1.005
 
 
 def test_flops_of_a_densified_table_would_show(programs):
@@ -54,9 +58,25 @@ def test_no_array_of_the_tables_size_is_made(programs):
     assert tables(programs["densified"]) > 0  # the pattern finds what it looks for
 
 
-def test_temporary_memory_is_that_of_tied_lora_by_hand(programs):
-    ours, hand = (programs[n].memory_analysis().temp_size_in_bytes for n in ("ours", "by hand"))
-    assert ours <= 1.005 * hand
+def temporary(compiled: Any) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_temporary_memory_is_that_of_lora_on_attention_only(programs):
+    """The logits are there once: the delta's are added to them in place."""
+    assert temporary(programs["ours"]) <= 1.05 * temporary(programs["attention only"])
+    assert temporary(programs["by hand"]) > 1.5 * temporary(programs["attention only"])
+
+
+def test_a_loss_without_logits_takes_little_of_it(programs):
+    compiled = gpt2_shape.without_logits(SHAPE, TARGETS).compile()
+    assert temporary(compiled) <= 0.6 * temporary(programs["attention only"])
+
+
+def test_a_loss_without_logits_of_many_tokens():
+    shape = dataclasses.replace(SHAPE, batch=8, length=512)
+    without = temporary(gpt2_shape.without_logits(shape, TARGETS).compile())
+    assert without <= 0.5 * temporary(gpt2_shape.ours(shape, ["c_attn"]).compile())
 
 
 def layered(policy: Any = None, jitted: bool = False) -> Any:

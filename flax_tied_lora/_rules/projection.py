@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from flax_tied_lora._factor import (
 )
 from flax_tied_lora._quantized import Quantized
 from flax_tied_lora._rows import Rows
-from flax_tied_lora._rules import rule
+from flax_tied_lora._rules import _wide, rule
 from flax_tied_lora._sharding import explicit, split, varying
 from flax_tied_lora._sites import LOOKUP, PROJECTION
 from flax_tied_lora._weight import LowRank, Term, Weight, add
@@ -32,7 +33,7 @@ from flax_tied_lora._weight import LowRank, Term, Weight, add
 
 def serve(
     context: Any, eqn: Any, weight: Weight, x: Any, terms: Sequence[Term],
-    dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Cost, Any], Array],
+    dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Cost, Any], Any],
     read: Any, scale: Array | None = None, rows: Callable[[Rows, Any, Cost], Any] | None = None,
     quantized: Callable[[Quantized, Array], Array] | None = None,
 ) -> Array:  # fmt: skip
@@ -40,8 +41,8 @@ def serve(
 
     Args:
       dense: the product with an array of the weight's shape.
-      low_rank: the product with a delta; called with the term, the data, the cost to add to, and
-        the sharding that the result must have, or None.
+      low_rank: the product with a delta, or a function that adds it to a result; called with the
+        term, the data, the cost to add to, and the sharding that the result must have, or None.
       scale: multiplied in before that cast.
       rows: returns a function that adds the product with replaced rows to a result; None where
         there is none.
@@ -59,7 +60,8 @@ def serve(
             if plain is not None and term.key is not None:
                 data = dropped(term, plain)
             sharding = split(parts[0]) if parts else None
-            parts.append(low_rank(term, data, cost, sharding))
+            served = low_rank(term, data, cost, sharding)
+            (adders if callable(served) else parts).append(served)
             continue
         if isinstance(term, Rows) and rows is not None and plain is not None:
             with contextlib.suppress(MixedAxesError):
@@ -147,13 +149,19 @@ def dot_general(context, eqn, lhs, rhs):
             *pair, eqn.params["dimension_numbers"], **params, preferred_element_type=kind
         )
 
-    def low_rank(term: LowRank, data: Any, cost: Cost, sharding: Any) -> Array:
+    def low_rank(term: LowRank, data: Any, cost: Cost, sharding: Any) -> Any:
         options = {"accumulate": accumulate, "precision": params["precision"]}
         shape = eqn.outvars[0].aval.shape
         if isinstance(data, Weight):
             return between(term, data, names, order, shape, cost, **options)
-        out = chain(term, data, names, order, cost, **options, out_sharding=sharding)
-        return out.spread(order, shape)
+        options |= {"cost": cost}
+        hidden, far = halfway(term, data, names, order, **options)
+        rows = math.prod(weight.shape[i] for i in summed)
+        if len(terms) > 1 and _wide.fits(hidden, far, order, rows):
+            cost.flops += 2 * math.prod(shape) * far.size(RANK)
+            form = _wide.Form(hidden.axes, far.axes, tuple(order), params["precision"])
+            return lambda base: _wide.added(form, base, hidden.array, far.array)
+        return last(hidden, far, order, **options, out_sharding=sharding).spread(order, shape)
 
     def rows(term: Rows, data: Array, cost: Cost) -> Any:
         return _rows.product(
@@ -194,18 +202,17 @@ def _scaled(x: Any, names: Sequence[Axis], scale: Factor, dtype: Any) -> Any:
     return Factor(x, tuple(names)).astype(dtype).times(scale).array
 
 
-def chain(
-    term: LowRank, data: Array, names: Sequence[Axis], order: Sequence[Axis], cost: Cost, *,
-    accumulate: Any, precision: Any, out_sharding: Any = None,
-) -> Factor:  # fmt: skip
-    """Returns the product of data with a delta, factor by factor, in the cheaper order.
+def halfway(
+    term: LowRank, data: Array, names: Sequence[Axis], order: Sequence[Axis], **options: Any
+) -> tuple[Factor, Factor]:
+    """Returns the scaled product of data with one factor of a delta, and the other factor.
 
     Args:
       names: a label for each axis of the data: the weight axis that it is paired with, or its own.
-      order: the labels of the result's axes.
-      out_sharding: of the result.
+      order: the labels of the axes of the whole product, whose cheaper order it is.
+      options: as `contract` has them.
     """
-    dtype = data.dtype
+    dtype, accumulate = data.dtype, options["accumulate"]
     # An axis that neither factor has is one along which the delta is constant.
     own = {*term.a.axes, *term.b.axes, *order}
     lone = tuple(i for i, n in enumerate(names) if n not in own)
@@ -215,10 +222,15 @@ def chain(
     x = Factor(data, tuple(n for n in names if n in own))
     near, far = (term.a, term.b) if times_chain(x, term.a, term.b, order) else (term.b, term.a)
     near, far = near.astype(dtype), far.astype(dtype)
-    options = {"accumulate": accumulate, "precision": precision, "cost": cost}
     hidden = contract(x, near, (*order, *far.axes), **options)
     scaled = hidden.array * lax.convert_element_type(term.scaling, accumulate)
-    hidden = Factor(lax.convert_element_type(scaled, dtype), hidden.axes)
+    return Factor(lax.convert_element_type(scaled, dtype), hidden.axes), far
+
+
+def last(
+    hidden: Factor, far: Factor, order: Sequence[Axis], *, out_sharding: Any, **options: Any
+) -> Factor:
+    """Returns the product of what `halfway` returns, in an order that needs no transposition."""
     wanted = tuple(n for n in order if n in hidden.axes or n in far.axes)
     pair = (far, hidden) if _product_axes(far, hidden, order) == wanted else (hidden, far)
     full = out_sharding if _product_axes(*pair, order) == tuple(order) else None

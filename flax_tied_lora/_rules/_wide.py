@@ -1,0 +1,152 @@
+"""A product that is much wider than what it is made of, as a delta's logits: added in place.
+
+The product of hidden states [tokens, r] and a factor [vocabulary, r] is a second array of the
+logits' size if it is one product. Here it is added to the first without being made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import Array, lax
+
+from flax_tied_lora._factor import RANK, Axis, Cost, Factor, contract
+from flax_tied_lora._sharding import split
+
+# A projection is wide from so many columns for each row on. Vocabularies are 40 to 170 times a
+# model's width, the kernels of its layers 8 times at most.
+WIDE = 16
+
+# Up to this rank, terms of rank one are cheaper than a product on TPU (`benchmarks/results`).
+RANK_ONE = 16
+
+# On the CPU: a product of so few tokens is small, and of how many parts a larger one is made.
+FEW, PARTS = 16, 8
+
+
+def fits(hidden: Factor, far: Factor, order: Sequence[Axis], rows: int) -> bool:
+    """Returns whether the product of two factors is a wide one, of a weight with so many rows."""
+    columns = math.prod(far.size(a) for a in far.axes if a != RANK)
+    own = [a for f in (hidden, far) for a in f.axes if a != RANK]
+    if columns < WIDE * rows or sorted(map(str, own)) != sorted(map(str, order)):
+        return False
+    return split(hidden.array) is None and split(far.array) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is static about a product that is added to an array.
+
+    Attributes:
+      hidden, far: labels of the operands' axes; both have `RANK`.
+      order: labels of the axes of the array that is added to.
+      precision: as `lax.dot_general` has it.
+    """
+
+    hidden: tuple[Axis, ...]
+    far: tuple[Axis, ...]
+    order: tuple[Axis, ...]
+    precision: Any
+
+    @property
+    def flat(self) -> bool:
+        """Whether it is tokens times columns: the axes of one operand, then those of the other."""
+        ends = self.hidden[-1] == RANK in (self.far[0], self.far[-1])
+        return ends and self.order == (*self.hidden[:-1], *self.columns)
+
+    @property
+    def columns(self) -> tuple[Axis, ...]:
+        return tuple(a for a in self.far if a != RANK)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def added(form: Form, base: Array, hidden: Array, far: Array) -> Array:
+    """Returns ``base + hidden . far``, the product being over the rank axis.
+
+    Measured, not guessed (docs/performance.md): on the CPU XLA fuses no product with an addition,
+    and a loop that adds a part at a time is fastest; on TPU and GPU terms of rank one become
+    part of the product that made ``base``, if they are few. Derivatives are plain products.
+    """
+    default = rank_one if hidden.shape[form.hidden.index(RANK)] <= RANK_ONE else product_added
+    cpu = by_parts if form.flat else product_added
+    cpu, default = functools.partial(cpu, form), functools.partial(default, form)
+    return lax.platform_dependent(base, hidden, far, cpu=cpu, default=default)
+
+
+@added.defjvp
+def _added_jvp(form: Form, primals: Any, tangents: Any) -> Any:
+    (base, hidden, far), (base_dot, hidden_dot, far_dot) = primals, tangents
+    out_dot = base_dot + product(form, base.dtype, hidden_dot, far)
+    return added(form, base, hidden, far), out_dot + product(form, base.dtype, hidden, far_dot)
+
+
+def product(form: Form, dtype: Any, hidden: Array, far: Array) -> Array:
+    """Returns ``hidden . far``, in a form whose derivatives copy nothing of its size."""
+    full = functools.partial(_product, form, dtype)
+    if not form.flat or hidden.ndim == 2:
+        return full(hidden, far)
+
+    def flat(hidden: Array, far: Array) -> Array:
+        # XLA for the CPU transposes what is summed over two axes; over one it does not.
+        tokens = Form(("tokens", RANK), form.far, ("tokens", *form.columns), form.precision)
+        out = _product(tokens, dtype, hidden.reshape(-1, hidden.shape[-1]), far)
+        return out.reshape(*hidden.shape[:-1], *out.shape[1:])
+
+    return lax.platform_dependent(hidden, far, cpu=flat, default=full)
+
+
+def _product(form: Form, dtype: Any, hidden: Array, far: Array) -> Array:
+    return contract(
+        Factor(hidden, form.hidden), Factor(far, form.far), form.order,
+        accumulate=dtype, precision=form.precision, cost=Cost(),
+    ).ordered(form.order).array  # fmt: skip
+
+
+def product_added(form: Form, base: Array, hidden: Array, far: Array) -> Array:
+    """Returns the sum by one product."""
+    return base + _product(form, base.dtype, hidden, far)
+
+
+def rank_one(form: Form, base: Array, hidden: Array, far: Array) -> Array:
+    """Returns the sum by a term for each rank: elementwise, so XLA fuses it into what made base."""
+    first, second = Factor(hidden, form.hidden), Factor(far, form.far)
+    for k in range(first.size(RANK)):
+        left, right = (
+            Factor(
+                lax.index_in_dim(f.array, k, f.axes.index(RANK), keepdims=False),
+                tuple(a for a in f.axes if a != RANK),
+            ).astype(base.dtype)
+            for f in (first, second)
+        )
+        base += left.spread(form.order, base.shape) * right.spread(form.order, base.shape)
+    return base
+
+
+def by_parts(form: Form, base: Array, hidden: Array, far: Array) -> Array:
+    """Returns the sum by products of a part of the tokens each, in place.
+
+    A part is every n-th token, so that where tokens are sharded each device has some of each part.
+    """
+    rank, shape = hidden.shape[-1], base.shape
+    tokens = math.prod(hidden.shape[:-1])
+    if tokens < FEW:
+        return product_added(form, base, hidden, far)
+    parts = next(n for n in range(PARTS, tokens + 1) if tokens % n == 0)
+    base, hidden = base.reshape(-1, parts, far.size // rank), hidden.reshape(-1, parts, rank)
+    last = form.far[-1] == RANK
+    far = far.reshape((-1, rank) if last else (rank, -1))
+
+    def body(i: Any, base: Array) -> Array:
+        own = lax.dot_general(
+            lax.dynamic_index_in_dim(hidden, i, 1, keepdims=False), far,
+            (((1,), (int(last),)), ((), ())), form.precision, base.dtype,
+        )  # fmt: skip
+        own += lax.dynamic_index_in_dim(base, i, 1, keepdims=False)
+        return lax.dynamic_update_index_in_dim(base, own, i, 1)
+
+    return lax.fori_loop(0, parts, body, base).reshape(shape)

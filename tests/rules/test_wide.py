@@ -1,0 +1,145 @@
+"""Projections that are much wider than what they are made of: the delta is added in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import flax_tied_lora as tied_lora
+from flax_tied_lora._factor import RANK
+from flax_tied_lora._rules import _wide
+from tests import oracle
+
+VOCABULARY, WIDTH = 96, 4
+FORMS = {"parts": _wide.by_parts, "rank one": _wide.rank_one, "product": _wide.product_added}
+
+
+def adapted(key: str = "embed", rank: int = 3, **options: Any) -> tied_lora.Adapted:
+    shape = (VOCABULARY, WIDTH) if key == "embed" else (WIDTH, VOCABULARY)
+    config = tied_lora.LoraConfig(r=rank, target_modules=[key], **options)
+    return oracle.perturbed(tied_lora.wrap({key: oracle.array(*shape)}, config))
+
+
+def operands(rank: int = 3, tokens: tuple[int, ...] = (4, 6)) -> Any:
+    shapes = [(*tokens, VOCABULARY), (*tokens, rank), (VOCABULARY, rank)]
+    base, hidden, far = (oracle.array(*shape, seed=i) for i, shape in enumerate(shapes))
+    own = tuple(f"x{i}" for i in range(len(tokens)))
+    return _wide.Form((*own, RANK), (0, RANK), (*own, 0), None), base, hidden, far
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("tokens", [(4, 6), (23,), (2, 3, 4), (2,)], ids=str)
+@pytest.mark.parametrize("first", [False, True], ids=["far by columns", "far by rank"])
+def test_every_form_is_the_product(form, tokens, first):
+    how, base, hidden, far = operands(tokens=tokens)
+    expected = base + hidden @ far.T
+    if first:
+        how, far = _wide.Form(how.hidden, (RANK, 0), how.order, None), far.T
+    assert how.flat
+    assert jnp.allclose(form(how, base, hidden, far), expected, atol=1e-5)
+
+
+def table(params: Any, x: jax.Array) -> jax.Array:
+    return x @ params["embed"].T
+
+
+PROJECTIONS = {
+    "table": ("embed", table),
+    "kernel": ("head", lambda p, x: x @ p["head"]),
+    "columns first": ("embed", lambda p, x: jnp.einsum("vd,btd->vbt", p["embed"], x)),
+    "split columns": (
+        "embed",
+        lambda p, x: jnp.einsum("btd,ghd->btgh", x, p["embed"].reshape(8, 12, WIDTH)),
+    ),
+}
+KINDS = {"r=1": {"rank": 1}, "r=4": {"rank": 4}, "DoRA": {"use_dora": True}}
+
+
+@pytest.mark.parametrize(("key", "model"), PROJECTIONS.values(), ids=PROJECTIONS.keys())
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_a_wide_projection_is_that_of_the_merged_weight(key, model, kind):
+    x = oracle.array(2, 12, WIDTH)
+    (read,) = oracle.check(model, adapted(key, **kind), x).reads
+    assert read.served == "low rank"
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
+    whole = jax.tree.map(lambda a: a.astype(dtype), adapted())
+    oracle.check(table, whole, oracle.array(2, 12, WIDTH, dtype=dtype))
+
+
+def test_a_rank_above_the_limit(monkeypatch):
+    monkeypatch.setattr(_wide, "RANK_ONE", 2)
+    oracle.check(table, adapted(), oracle.array(2, 12, WIDTH))
+
+
+def test_it_composes():
+    """Forward mode, second derivatives, batches, loops, rematerialisation: as the merged weight."""
+    whole, x = adapted(), oracle.array(2, 12, WIDTH)
+
+    def of(function: Any, params: Any) -> Any:
+        def loss(adapters: Any, x: jax.Array) -> jax.Array:
+            return jax.nn.logsumexp(function(params(adapters), x), axis=-1).sum()
+
+        return loss
+
+    ours = of(tied_lora.adapt(table), lambda a: whole.replace(adapters=a))
+    theirs = of(table, lambda a: tied_lora.merge(whole.replace(adapters=a)))
+
+    def close(a: Any, b: Any) -> None:
+        for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            assert jnp.allclose(one, other, atol=1e-4, rtol=1e-4)
+
+    start, ones = whole.adapters, jax.tree.map(jnp.ones_like, whole.adapters)
+    uses = {
+        "jvp": lambda f: jax.jvp(lambda a: f(a, x), (start,), (ones,)),
+        "hvp": lambda f: jax.jvp(jax.grad(lambda a: f(a, x)), (start,), (ones,))[1],
+        "vmap": lambda f: jax.vmap(jax.grad(f, 1), (None, 0))(start, x),
+        "remat": lambda f: jax.grad(jax.checkpoint(f))(start, x),
+        "scan": lambda f: lax.scan(lambda c, x: (c + f(start, x), None), 0.0, x)[0],
+    }
+    for use in uses.values():
+        close(jax.jit(lambda use=use: use(ours))(), jax.jit(lambda use=use: use(theirs))())
+
+
+def test_an_adapter_for_each_example():
+    one = adapted()
+    other = one.replace(adapters=jax.tree.map(jnp.negative, one.adapters))
+    stacked, x = tied_lora.stack([one, other]), oracle.array(2, 24, WIDTH)
+    of_batch = jax.jit(tied_lora.per_example(tied_lora.adapt(table)))
+    out = of_batch(tied_lora.select(stacked, jnp.array([1, 0])), x)
+    for i, own in enumerate([other, one]):
+        assert jnp.allclose(out[i], table(tied_lora.merge(own), x[i]), atol=1e-5)
+
+
+def test_on_tpu_and_gpu_the_terms_are_of_rank_one():
+    """One product of [tokens, vocabulary] for each platform, and a loop for the CPU alone."""
+    whole, x = adapted(), oracle.array(2, 12, WIDTH)
+    function = jax.jit(tied_lora.adapt(table))
+    wide = "tensor<2x12x96xf32>"
+
+    def products(platform: str) -> tuple[int, int]:
+        text = function.trace(whole, x).lower(lowering_platforms=(platform,)).as_text()
+        made = [line for line in text.splitlines() if "dot_general" in line and wide in line]
+        return len(made), text.count("stablehlo.while")
+
+    assert products("tpu") == products("cuda") == (1, 0)
+    assert products("cpu") == (1, 1)
+
+
+def test_a_loop_of_parts_makes_no_second_array():
+    how, base, hidden, far = operands(tokens=(8, 64))
+
+    def temporary(form: Any) -> int:
+        compiled = jax.jit(lambda x, w, h, a: form(how, x @ w, h, a)).lower(
+            jnp.ones((8, 64, WIDTH)), jnp.ones((WIDTH, VOCABULARY)), hidden, far
+        ).compile()  # fmt: skip
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(_wide.by_parts) <= 0.3 * base.nbytes
+    assert temporary(_wide.product_added) >= base.nbytes
