@@ -19,6 +19,7 @@ from flax_tied_lora._paths import (
     module_of,
     nearby,
 )
+from flax_tied_lora._processes import gathered, spread
 from flax_tied_lora._quantized_array import QuantizedArray, array_of, plain_array
 
 SAME_ARRAY = "same array"
@@ -232,9 +233,13 @@ def _sample(leaf: Any) -> tuple[bytes, bytes]:
     """Returns the first entries of the first row and of the first column."""
     index = (0,) * (leaf.ndim - 2)
     row, column = leaf[(*index, 0)][:_SAMPLE], leaf[(*index, slice(_SAMPLE), 0)]
+    row, column = gathered((row, column))
     return np.asarray(row).tobytes(), np.asarray(column).tobytes()
 
 
 def _equal(a: Any, b: Any, transposed: bool) -> bool:
-    left, right = np.asarray(a), np.asarray(b).T if transposed else np.asarray(b)
-    return bool(np.array_equal(left, right) and not np.all(left == left.flat[0]))
+    # Arrays that other processes hold parts of are compared where they are.
+    xp: Any = jnp if spread((a, b)) else np
+    left, right = xp.asarray(a), xp.asarray(b).T if transposed else xp.asarray(b)
+    constant = xp.all(left == left[(0,) * left.ndim])
+    return bool(xp.array_equal(left, right)) and not bool(constant)

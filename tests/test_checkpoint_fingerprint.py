@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora._checkpoint.fingerprint import SAMPLE, checksum, differences, fingerprint
+from flax_tied_lora._checkpoint.fingerprint import (
+    SAMPLE,
+    _on_device,
+    _sampled,
+    checksum,
+    differences,
+    fingerprint,
+)
 
 DTYPES = [
     "float32",
@@ -46,6 +56,22 @@ def test_wide_arrays(dtype):
         assert checksum(host) == checksum(jnp.asarray(host))
     with jax.enable_x64(True):
         assert int(checksum(host)) == int(checksum(jnp.asarray(host)))
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("spec", [jax.P("x"), jax.P(None, "y"), jax.P("y", "x"), jax.P(("x", "y"))])
+@pytest.mark.parametrize("made", [_on_device, _sampled])
+def test_no_table_is_gathered_for_it(made, spec, kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+    table = jax.device_put(jnp.zeros((1024, 256)), jax.NamedSharding(mesh, spec))
+    compiled = made.lower(table).compile()
+    sizes = re.findall(
+        r"= [a-z]+\d+\[([\d,]*)\]\S* (?:all-|collective|reduce-scatter)", compiled.as_text()
+    )
+    assert sizes
+    assert max(math.prod(int(n) for n in size.split(",") if n) for size in sizes) <= SAMPLE
+    own = table.addressable_shards[0].data.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1.1 * own
 
 
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])

@@ -80,11 +80,17 @@ def raw(leaf: Any) -> Any:
     leaf = array_of(leaf)
     if not hasattr(leaf, "dtype"):
         return np.asarray(leaf)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.eval_shape(jax.random.key_data, leaf)
         return jax.random.key_data(leaf)
     return leaf
+
+
+def is_key(leaf: Any) -> bool:
+    """Returns whether a leaf is an array of typed random keys."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def checksum(array: Any) -> Any:

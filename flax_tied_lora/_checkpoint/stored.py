@@ -14,9 +14,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.core import meta
 
-from flax_tied_lora._checkpoint.fingerprint import checksum, raw
+from flax_tied_lora._checkpoint.fingerprint import checksum, is_key, raw
 from flax_tied_lora._factors import unboxed
 from flax_tied_lora._paths import is_tracer
+from flax_tied_lora._processes import differing
 
 _ANOTHER = "restore another checkpoint"
 _NUMBERS = (bool, int, float)
@@ -90,18 +91,23 @@ def encode(item: str, tree: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
             )
         _check_storable(item, name, leaf)
         array = raw(leaf)
-        arrays.append(array if isinstance(array, jax.Array) else np.asarray(array))
+        if not isinstance(array, jax.Array):
+            array = np.asarray(array)
+        elif jax.process_count() > 1 and array.is_fully_addressable:
+            array = np.array(array)  # Each process has one; Orbax takes such only from NumPy.
+        arrays.append(array)
         listing[name] = {
             "shape": list(np.shape(leaf)),
             "dtype": _dtype(leaf),
             "kind": _kind(leaf),
             "checksum": checksum(array),
         }
-        if array is not leaf and hasattr(leaf, "dtype"):
+        if is_key(leaf):
             listing[name]["impl"] = str(jax.random.key_impl(leaf))
     sums = jax.device_get([entry["checksum"] for entry in listing.values()])
     for entry, total in zip(listing.values(), sums, strict=True):
         entry["checksum"] = int(total)
+    _check_same_everywhere(item, listing, arrays)
     return jax.tree.unflatten(treedef, arrays), listing
 
 
@@ -149,6 +155,22 @@ def decode(directory: epath.Path, listing: Mapping[str, Any], template: Any) -> 
 def _name(path: Any) -> str:
     """Returns a leaf's name in Orbax."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _check_same_everywhere(
+    item: str, listing: Mapping[str, dict[str, Any]], arrays: list[Any]
+) -> None:
+    """Refuses leaves that each process has for itself, and that differ: one of them is written."""
+    own = [n for n, x in zip(listing, arrays, strict=True) if isinstance(x, np.ndarray)]
+    odd = np.flatnonzero(differing([listing[name]["checksum"] for name in own]))
+    if odd.size:
+        more = f", nor have {odd.size - 1} more" if odd.size > 1 else ""
+        raise CheckpointError(
+            f"save: {item} leaf {own[odd[0]]!r} has not the same values in all "
+            f"{jax.process_count()} processes{more}, and each has an array of its own, of which "
+            "one would be saved. Compute it alike in all of them, or make it one array of the mesh "
+            "(jax.make_array_from_process_local_data)"
+        )
 
 
 def _kind(leaf: Any) -> str:

@@ -18,6 +18,7 @@ from flax_tied_lora._names.layout import (
 )
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._paths import describe, flatten, is_marker
+from flax_tied_lora._processes import refuse_spread
 from flax_tied_lora._quantized_array import plain_array
 
 
@@ -42,9 +43,12 @@ def state_entries(params: Any, names: Names, *, duplicates: bool = False) -> lis
 
     Raises:
       UnmappedError: a leaf has no PyTorch name; the error shows a line to add.
-      ValueError: two leaves have one name, or leaves that the config ties are not equal.
+      ValueError: two leaves have one name, leaves that the config ties are not equal, or other
+        processes hold parts of one.
     """
     leaves, _ = _arrays(params)
+    for path, leaf in leaves.items():
+        refuse_spread("to_state_dict", path, leaf)
     entries: dict[str, Entry] = {}
     made: dict[str, tuple[str, Any, TorchWeight]] = {}
     for path, leaf in leaves.items():

@@ -25,6 +25,7 @@ from flax_tied_lora._peft.merged_ties import table_of
 from flax_tied_lora._peft.named import Content, is_base
 from flax_tied_lora._peft.slots import PREFIX, weights_of
 from flax_tied_lora._plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS, Plan
+from flax_tied_lora._processes import gathered
 from flax_tied_lora._quantized_array import plain_array
 from flax_tied_lora._start import in_place
 
@@ -85,7 +86,7 @@ def base_entries(
             name = f"{PREFIX}{weight.module}{inside}.{weight.parameter}"
             name = name if weight.module else PREFIX + weight.parameter
             if name not in written:
-                get = functools.partial(_tensor, array, weight)
+                get = functools.partial(_tensor, gathered(array), weight)
                 yield name, shape, np.dtype(array.dtype), get
             break
 

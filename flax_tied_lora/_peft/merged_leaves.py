@@ -20,6 +20,7 @@ from flax_tied_lora._merge import merge, untied_leaves
 from flax_tied_lora._names.layout import TorchWeight, to_torch_array
 from flax_tied_lora._paths import flatten, is_marker, is_tracer
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, GroupPlan, Plan
+from flax_tied_lora._processes import refuse_spread
 from flax_tied_lora._quantized_array import plain_array
 from flax_tied_lora._weight import Weight
 from flax_tied_lora._weights import weights_of
@@ -71,6 +72,10 @@ def leaves_of(
         raise ValueError("save_merged: the params have no leaves; expected those of a model")
     for path, leaf in arrays.items():
         _check(path, leaf, isinstance(adapted, Adapted))
+    if isinstance(adapted, Adapted):
+        for kind, own in {**adapted.adapters, "scaling": adapted.scaling}.items():
+            for key, arrays_of_key in own.items():
+                refuse_spread("save_merged", f"{kind}/{key}", arrays_of_key)
     if not isinstance(adapted, Adapted):
         if untie:
             raise ValueError(
@@ -98,12 +103,7 @@ def _check(path: str, leaf: Any, adapted: bool) -> None:
             f"save_merged: leaf {path!r} is abstract, expected an array with values; save outside "
             "jax.jit, from params that were initialised or restored"
         )
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        raise ValueError(
-            f"save_merged: leaf {path!r} is spread over devices of other processes, expected one "
-            "whose parts are all here; gather the params first, "
-            "jax.experimental.multihost_utils.process_allgather(params, tiled=True)"
-        )
+    refuse_spread("save_merged", path, leaf)
 
 
 @dataclasses.dataclass(frozen=True)

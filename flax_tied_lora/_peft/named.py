@@ -20,6 +20,7 @@ from flax_tied_lora._paths import flatten, matches
 from flax_tied_lora._peft.errors import AdapterFileError
 from flax_tied_lora._peft.files import AdapterFiles
 from flax_tied_lora._peft.slots import PREFIX, leaf_of
+from flax_tied_lora._processes import gathered
 from flax_tied_lora._quantized_array import plain_array
 from flax_tied_lora._sites import LOOKUP, PROJECTION
 
@@ -164,7 +165,10 @@ def is_base(files: AdapterFiles, name: str, leaf: Any, weight: TorchWeight) -> b
         leaf.shape
     ):
         return False
-    ours, theirs = to_torch_array(jax.device_get(plain_array(leaf)), weight), files.tensors[name]
+    ours, theirs = (
+        to_torch_array(jax.device_get(gathered(plain_array(leaf))), weight),
+        files.tensors[name],
+    )
     return np.array_equal(ours.astype(np.float32), theirs.astype(np.float32), equal_nan=True)
 
 

@@ -23,6 +23,7 @@ from flax_tied_lora._peft.errors import AdapterFileError
 from flax_tied_lora._peft.files import write_adapter
 from flax_tied_lora._peft.slots import PREFIX, Slot, modules_of, slots_of, weights_of
 from flax_tied_lora._plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS
+from flax_tied_lora._processes import gathered
 from flax_tied_lora._weights import shapes_of
 
 
@@ -36,6 +37,8 @@ def save_adapter(
     for each of its modules, and the config says ``ensure_weight_tying`` where PEFT then ties them,
     too. Targets and patterns are written as they are where PEFT, on PyTorch's names, understands
     the same by them, and as full names where it does not.
+
+    Of several processes with one mesh all have to call it; the first writes, for all.
 
     Args:
       directory: where to write; all or nothing is written.
@@ -70,6 +73,10 @@ def save_adapter(
                 f"save_adapter: {name} of {key!r} is {list(found)}, expected {list(expected)}: "
                 "stacked adapters are saved one by one"
             )
+    # Factors are small: where they are spread over processes, each has them whole here.
+    adapted = adapted.replace(
+        adapters=gathered(adapted.adapters), scaling=gathered(adapted.scaling)
+    )
     placed = place(adapted, names)
     modules = modules_by_kind(adapted, names)
     config = config_of(adapted, placed, modules, names, base_model_name_or_path)
@@ -108,7 +115,7 @@ def _beside(
         for weight in weights_of(path, array.shape, names, leaves):
             name = PREFIX + weight.name
             if weight.module in saved and name not in written:
-                get = functools.partial(_own, array, weight)
+                get = functools.partial(_own, gathered(array), weight)
                 yield name, weight.shape(array.shape), np.dtype(array.dtype), get
 
 

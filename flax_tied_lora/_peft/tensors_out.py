@@ -16,6 +16,7 @@ import numpy as np
 from flax_tied_lora._peft import formats
 from flax_tied_lora._peft.errors import AdapterFileError, listed, operating_system, shown
 from flax_tied_lora._peft.replacement import replacement
+from flax_tied_lora._processes import in_one_process
 
 _PART = 2**24
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -46,12 +47,14 @@ def write_safetensors(
     """Writes tensors to ``<stem>.safetensors``, or to shards of it and their index.
 
     A directory that is there keeps its other files, and keeps all of them as they are if anything
-    fails. What is replaced is replaced together: see `replacement`.
+    fails. What is replaced is replaced together: see `replacement`. Of several processes that call
+    this, the first writes.
 
     Args:
       directory: where to write; made if it is not there.
       tensors: name, shape, dtype and a function without arguments that returns the array (NumPy's
-        or JAX's), called once. Only one array is held at a time.
+        or JAX's, none that is spread over processes), called once. Only one array is held at a
+        time.
       stem: "model" as transformers reads it, "adapter_model" as PEFT does.
       max_shard_size: bytes of tensors in a file at most, as an int or as "5GB"; a larger tensor is
         alone in its file. None: one file.
@@ -75,16 +78,22 @@ def write_safetensors(
     if len(files) > 1:
         texts = {f"{stem}.safetensors.index.json": _index(files), **texts}
     marker = [*files, *texts][-1]
-    with replacement(directory) as new:
-        old = _present(directory, stem, [*texts, *stale], overwrite)
-        for name, members in files.items():
-            new.write(name, _content(directory / name, members, metadata))
-        for name, text in texts.items():
-            new.write(name, [text.encode("utf-8")])
-        for name, text in (extras or {}).items():
-            if not (directory / name).exists():
+
+    def write() -> None:
+        with replacement(directory) as new:
+            old = _present(directory, stem, [*texts, *stale], overwrite)
+            for name, members in files.items():
+                new.write(name, _content(directory / name, members, metadata))
+            for name, text in texts.items():
                 new.write(name, [text.encode("utf-8")])
-        new.commit(old, marker)
+            for name, text in (extras or {}).items():
+                if not (directory / name).exists():
+                    new.write(name, [text.encode("utf-8")])
+            new.commit(old, marker)
+
+    in_one_process(write, lambda: AdapterFileError(
+        f"{directory}: process 0, which writes for all, has failed; its own error says why"
+    ))  # fmt: skip
 
 
 def _present(directory: Path, stem: str, names: Sequence[str], overwrite: bool) -> list[str]:
