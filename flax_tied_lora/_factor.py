@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from flax_tied_lora._sharding import split
+from flax_tied_lora._sharding import placed_as, split
 
 RANK = "rank"
 
@@ -95,7 +95,8 @@ class Factor:
         """Returns the product with a factor over some of this one's axes."""
         shape, dtype = self.array.shape, self.array.dtype
         wide = accumulator(dtype, scale.array.dtype)
-        product = self.array.astype(wide) * scale.astype(wide).spread(self.axes, shape)
+        other = placed_as(scale.astype(wide).spread(self.axes, shape), self.array)
+        product = self.array.astype(wide) * other
         return Factor(product.astype(dtype), self.axes)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -26,6 +27,7 @@ from flax_tied_lora._factor import (
 )
 from flax_tied_lora._quantized import rows as quantized_rows
 from flax_tied_lora._quantized_array import is_quantized
+from flax_tied_lora._sharding import automatic, explicit
 from flax_tied_lora._sites import SiteFilter
 from flax_tied_lora._weight import Term
 
@@ -155,8 +157,17 @@ def product(
     within = [RANK if n == axis else n for n in order]
     sizes = [values.size(RANK) if n == axis else k for n, k in zip(order, shape, strict=True)]
     entries = hidden.spread(within, sizes)
-    index = (*[slice(None)] * list(order).index(axis), term.positions())
-    return lambda out: out.at[index].add(entries.astype(out.dtype), mode="drop")
+    before = [slice(None)] * list(order).index(axis)
+
+    def added(out: Array, entries: Array, positions: Array) -> Array:
+        return out.at[(*before, positions)].add(entries.astype(out.dtype), mode="drop")
+
+    def add(out: Array) -> Array:
+        sharding = explicit(jax.typeof(out))
+        run = added if sharding is None else automatic(added, sharding)
+        return run(out, entries, term.positions())
+
+    return add
 
 
 def _of_slots(term: Rows, data: Factor, axis: Axis) -> Factor:

@@ -24,12 +24,27 @@ def split(array: Any) -> jax.NamedSharding | None:
     return sharding if sharding is not None and any(sharding.spec) else None
 
 
+def share_names(*arrays: Any) -> bool:
+    """Returns whether a mesh axis splits more than one of some arrays, as part of their types."""
+    specs = [() if (sharding := split(x)) is None else sharding.spec for x in arrays]
+    names = [
+        {n for s in spec for n in (s if isinstance(s, tuple) else (s,)) if n} for spec in specs
+    ]
+    return sum(map(len, names)) > len(set().union(*names))
+
+
 def replicated(array: Any) -> Any:
     """Returns an array without Explicit axes, for what takes the whole of it, or joins several."""
     sharding = split(array)
     if sharding is None:
         return array
     return jax.sharding.reshard(array, jax.NamedSharding(sharding.mesh, jax.P()))
+
+
+def placed_as(array: Any, other: Any) -> Any:
+    """Returns an array with another's sharding, on Explicit axes: what it is multiplied into."""
+    sharding = explicit(jax.typeof(other))
+    return replicated(array) if sharding is None else jax.sharding.reshard(array, sharding)
 
 
 def automatic(function: Any, out_sharding: Any) -> Any:

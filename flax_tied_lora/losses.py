@@ -12,8 +12,9 @@ from jax import Array, lax
 from flax_tied_lora._adapted import Adapted
 from flax_tied_lora._factor import accumulator
 from flax_tied_lora._losses.checks import WHO, check_arrays, check_beside, check_options
-from flax_tied_lora._losses.chunked import LEAST, MOST, SHARE, Loss, per_token
+from flax_tied_lora._losses.chunked import Loss, per_token
 from flax_tied_lora._losses.primitive import bind
+from flax_tied_lora._losses.splitting import chunk_of, lanes_of
 from flax_tied_lora._quantized import frozen
 from flax_tied_lora._quantized_array import is_quantized
 from flax_tied_lora._weight import Origin, Weight
@@ -56,8 +57,8 @@ def linear_cross_entropy(
       logit_scale: factor of the logits, before the cap.
       axis_name: inside a `jax.shard_map`, the mesh axis that the vocabulary is split over: table
         and bias are a device's part, labels are numbers of the whole vocabulary.
-      chunk_size: tokens that have logits at the same time; by default a sixteenth of all, from 64
-        to 1,024.
+      chunk_size: tokens that have logits at the same time, on all devices together; by default a
+        sixteenth of all, from 64 to 1,024 for each device of a mesh.
       precision: of the products, as `jax.lax.dot_general` has it.
 
     Returns:
@@ -98,10 +99,11 @@ def linear_cross_entropy(
         check_beside("bias", bias, (table.shape[vocab_axis],))
         operands.append(bias)
     leaves, structure = jax.tree.flatten(_weight(table) if is_quantized(table) else table)
-    tokens = math.prod(shape)
+    tokens, lanes = math.prod(shape), lanes_of(hidden)
     loss = Loss(
         vocab_axis=vocab_axis,
-        chunk=chunk_size or min(max(-(-tokens // SHARE), LEAST), MOST),
+        lanes=lanes,
+        chunk=-(-chunk_size // lanes) if chunk_size else chunk_of(tokens, lanes),
         table=structure,
         bias=bias is not None,
         ignore_index=int(ignore_index),

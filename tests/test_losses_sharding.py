@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import re
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ from jax.sharding import AxisType
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora.losses import linear_cross_entropy
+from tests.collectives import collectives
 from tests.full_logits import assert_same, compiled, cross_entropy
 from tests.oracle import array, numbers, wrapped
 
@@ -62,31 +61,34 @@ def placed(mesh: Any) -> Any:
     return adapted.adapters, adapted, put(jax.P(DATA), HIDDEN), put(jax.P(DATA), LABELS)
 
 
-def collectives(text: str) -> list[int]:
-    """Returns the number of entries of each array that a compiled program's collectives make."""
-    calls = re.findall(
-        r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\w*\(", text
-    )
-    return [
-        math.prod(map(int, filter(None, shape.split(","))))
-        for made in calls
-        for shape in re.findall(r"\w\[([\d,]*)\]", made)
-    ]
-
-
 def test_auto_axes_move_nothing_of_the_tables_size():
     operands = placed(mesh(AxisType.Auto))
-    program: Any = jax.jit(step(linear_cross_entropy)).lower(*operands).compile()
+    loss = functools.partial(linear_cross_entropy, chunk_size=64)
+    program: Any = jax.jit(step(loss)).lower(*operands).compile()
     assert_same(jax.device_get(program(*operands)), jax.device_get(expected()), 5e-5)
-    moved = collectives(program.as_text())
-    assert moved
-    assert max(moved) < V * D / 4, f"arrays of {sorted(moved)} entries"
+    moved = collectives(program)
+    assert max(c.size for c in moved) < V * D / 4, moved
+    assert max(c.times for c in moved) == 4  # chunks of 64 tokens
+    assert [c.times for c in moved if c.shape == (V // 4, R)] == [1]  # summed over devices once
 
 
-def test_explicit_axes():
+@pytest.mark.parametrize("width", [None, DATA])
+@pytest.mark.parametrize("tokens", [None, DATA])
+def test_explicit_axes(tokens, width):
+    """The width may be split over the mesh axis that tokens are split over, too."""
+    loss = functools.partial(linear_cross_entropy, chunk_size=64)
+
+    def cut(x: Any) -> Any:
+        if x.ndim == 0 or x.shape[-1] != D:
+            return x
+        return jax.device_put(x, on_mesh(jax.P(x.sharding.spec[0], width)))
+
     with jax.set_mesh(mesh(AxisType.Explicit)) as _:
-        operands = placed(jax.sharding.get_mesh())
-        ours = jax.jit(step(linear_cross_entropy))(*operands)
+        on_mesh = functools.partial(jax.NamedSharding, jax.sharding.get_mesh())
+        adapters, adapted, *data = placed(jax.sharding.get_mesh())
+        tables = jax.tree.map(cut, (adapters, adapted))
+        data = jax.device_put(data, on_mesh(jax.P(tokens)))
+        ours = jax.jit(step(loss))(*tables, *data)
     assert_same(jax.device_get(ours), jax.device_get(expected()), 5e-5)
 
 

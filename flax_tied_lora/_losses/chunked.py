@@ -18,12 +18,8 @@ from jax import Array, lax
 
 from flax_tied_lora._factor import accumulator
 from flax_tied_lora._losses.splitting import by_chunks
-from flax_tied_lora._sharding import split, vary, varying
+from flax_tied_lora._sharding import share_names, split, vary, varying
 from flax_tied_lora._weight import Weight
-
-# Tokens of a chunk: a sixteenth of all, within these bounds. Fewer than 64 leave a product too thin
-# to be worth reading the table for; more than 1,024 gain nothing.
-SHARE, LEAST, MOST = 16, 64, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +28,15 @@ class Loss:
 
     Attributes:
       vocab_axis: axis of the table that the vocabulary lies along.
-      chunk: tokens that have logits at the same time.
+      lanes: in how many runs tokens are taken, each of which a device may have of its own.
+      chunk: tokens of each lane that have logits at the same time.
       table: structure of the table's operands: an array's, or a symbolic weight's.
       bias: whether there is one, as the operand before the table's.
       axis_name: mesh axis that the vocabulary is split over, inside a `jax.shard_map`; or None.
     """
 
     vocab_axis: int
+    lanes: int
     chunk: int
     table: Any
     bias: bool
@@ -54,6 +52,10 @@ class Loss:
     def first(self) -> int:
         """The place of the table's first operand, after hidden, labels, weights and bias."""
         return 4 if self.bias else 3
+
+    def in_one_lane(self) -> Loss:
+        """Returns the loss with chunks as large as those of all lanes."""
+        return dataclasses.replace(self, lanes=1, chunk=self.lanes * self.chunk)
 
     def project(
         self, hidden: Array, leaves: Sequence[Any], dtype: Any = None, context: Any = None
@@ -211,6 +213,12 @@ def total_and_gradients(
     wide = accumulator(hidden.dtype)
     parts = [i for i in wrt if i >= loss.first]
     sums = [i for i in wrt if i >= 3]  # of bias and table: over all tokens
+    if parts and isinstance(jax.tree.unflatten(loss.table, rest[loss.first - 3 :]), jax.Array):
+        loss = loss.in_one_lane()  # of a whole table there is one gradient, not one for each lane
+    if any(share_names(hidden, rest[i - 3]) for i in sums):
+        loss = (
+            loss.in_one_lane()
+        )  # a lane's gradient cannot be split over what lanes are split over
 
     def step(sofar: list[Array], number: Any, hidden: Array, labels: Array, weights: Array) -> Any:
         own = _folded(loss, number, rest)

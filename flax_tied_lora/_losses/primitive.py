@@ -108,6 +108,8 @@ def _batched(
 ) -> Any:
     front = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, axes, strict=True)]
     flags = tuple(a is not None for a in axes)
+    if flags[0]:
+        loss = loss.in_one_lane()  # the examples are what devices have of their own
     return bind(loss, front, (flags, *mapped)), 0
 
 

@@ -1,4 +1,4 @@
-"""Tokens taken a chunk at a time."""
+"""Tokens taken a chunk at a time, in lanes where a mesh may split them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AxisType
+
+from flax_tied_lora._sharding import explicit, parts
+
+# Tokens of a chunk: a sixteenth of all, within these bounds in each lane. Fewer than 64 leave a
+# product too thin to be worth reading the table for; more than 1,024 gain nothing.
+SHARE, LEAST, MOST = 16, 64, 1024
+
+
+def lanes_of(hidden: Array) -> int:
+    """Returns in how many lanes tokens are taken: runs of them that devices may have of their own.
+
+    On Explicit mesh axes as many as tokens are split into. On Auto ones that is not known: as many
+    as there are devices, or as the first axis can be split into of them.
+
+    Args:
+      hidden: [..., width].
+    """
+    aval = jax.typeof(hidden)
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or hidden.ndim < 2 or not hidden.size:
+        return 1
+    mesh = sharding.mesh
+    if explicit(aval) is not None:
+        return parts(mesh, sharding.spec[0])
+    kinds = zip(mesh.shape.values(), mesh.axis_types, strict=True)
+    return math.gcd(math.prod(n for n, kind in kinds if kind == AxisType.Auto), hidden.shape[0])
+
+
+def chunk_of(tokens: int, lanes: int) -> int:
+    """Returns how many tokens of each lane have logits at the same time."""
+    return min(max(-(-tokens // (SHARE * lanes)), LEAST), MOST)
 
 
 def by_chunks(
@@ -16,37 +48,65 @@ def by_chunks(
 ) -> Any:
     """Returns a function's results on chunks of tokens, joined.
 
-    A chunk takes every n-th token: where tokens are sharded, each device has a part of each chunk.
+    A chunk is every n-th token of each lane. What is summed over tokens is summed in each lane,
+    and over lanes once, after the last chunk.
 
     Args:
-      loss: says how many tokens a chunk has, and which label padding gets.
-      step: called with the number of the chunk and its data; with a carry before them, which it
-        returns before its result, if there is a start.
+      loss: says how many lanes there are, how many tokens of each a chunk has, and which label
+        padding gets.
+      step: of one lane, called with the number of the chunk and its data; with a carry before
+        them, which it returns before its result, if there is a start.
+      start: of the carry.
     """
-    tokens = data[0].shape[0]
-    count = max(1, math.ceil(tokens / loss.chunk))
-    size = math.ceil(tokens / count)
-    missing = size * count - tokens
-    if count == 1:
+    tokens, lanes = data[0].shape[0], loss.lanes
+    length = tokens // lanes
+    count = max(1, math.ceil(length / loss.chunk))
+    size = math.ceil(length / count)
+    if lanes == 1 and count == 1:
         if start is None:
             return step(0, *data)
         ends, out = step(start, 0, *data)
         return out, ends
+    lead = () if lanes == 1 else (lanes,)
+    at = len(lead)  # the axis of a lane's tokens
 
     def split(x: Array, fill: Any) -> Array:
-        x = lax.pad(x, jnp.array(fill, x.dtype), [(0, missing, 0), *[(0, 0, 0)] * (x.ndim - 1)])
-        return jnp.swapaxes(x.reshape(size, count, *x.shape[1:]), 0, 1)
+        rest = x.shape[1:]
+        x = _on_lanes(x.reshape(*lead, length, *rest), data[0]) if lead else x
+        padding = [(0, size * count - length if i == at else 0, 0) for i in range(x.ndim)]
+        x = lax.pad(x, jnp.array(fill, x.dtype), padding)
+        return jnp.moveaxis(x.reshape(*lead, size, count, *rest), at + 1, 0)
 
     def join(x: Array) -> Array:
-        return jnp.swapaxes(x, 0, 1).reshape(size * count, *x.shape[2:])[:tokens]
+        rest = x.shape[at + 2 :]
+        x = jnp.moveaxis(x, 0, at + 1).reshape(*lead, size * count, *rest)
+        return lax.slice_in_dim(x, 0, length, axis=at).reshape(tokens, *rest)
 
     fills = (0, loss.ignore_index, 0)
-    split_data = [split(x, fill) for x, fill in zip(data, fills, strict=False)]
+    chunks = [split(x, fill) for x, fill in zip(data, fills, strict=False)]
+    numbers = jnp.arange(count * lanes).reshape(count, *lead)
 
     def body(carry: Any, each: Any) -> Any:
         number, chunk = each
-        return (None, step(number, *chunk)) if start is None else step(carry, number, *chunk)
+        number = _on_lanes(number, data[0]) if lead else number
+        own = (number, *chunk) if carry is None else (carry, number, *chunk)
+        out = jax.vmap(step)(*own) if lead else step(*own)
+        return (None, out) if carry is None else out
 
-    ends, out = lax.scan(body, start, (jnp.arange(count), split_data))
+    if start is not None and lead:
+        start = [_on_lanes(jnp.broadcast_to(x, (*lead, *x.shape)), data[0]) for x in start]
+    ends: Any
+    ends, out = lax.scan(body, start, (numbers, chunks))
     joined = jax.tree.map(join, out)
-    return joined if start is None else (joined, ends)
+    if start is None:
+        return joined
+    return joined, [jnp.sum(x, axis=0) for x in ends] if lead else ends
+
+
+def _on_lanes(x: Array, tokens: Array) -> Array:
+    """Returns an array [lanes, ...], on Explicit mesh axes split into lanes as the tokens are."""
+    whole, own = explicit(jax.typeof(tokens)), explicit(jax.typeof(x))
+    if whole is None:
+        return x
+    rest = [None] * (x.ndim - 1) if own is None else own.spec[1:]
+    return jax.sharding.reshard(x, jax.NamedSharding(whole.mesh, jax.P(whole.spec[0], *rest)))

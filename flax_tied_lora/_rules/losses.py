@@ -57,7 +57,7 @@ def _is_array(table: Weight) -> bool:
 def _cost(context: Any, loss: Loss, hidden: Any, table: Weight) -> Cost | None:
     """Returns what the parts cost beyond the plain product; None where they have to be added up."""
     tokens, width = hidden.shape[-2:]
-    chunk = min(loss.chunk, tokens)
+    chunk = min(loss.lanes * loss.chunk, tokens)
     inner = context.inside([], Provenance(), on_dense="allow")
     leaves, parts = jax.tree.flatten(table)
     loss = dataclasses.replace(loss, table=parts)

@@ -26,7 +26,7 @@ from flax_tied_lora._factor import (
 from flax_tied_lora._quantized import Quantized
 from flax_tied_lora._rows import Rows
 from flax_tied_lora._rules import _wide, rule
-from flax_tied_lora._sharding import explicit, split, varying
+from flax_tied_lora._sharding import explicit, placed_as, split, varying
 from flax_tied_lora._sites import LOOKUP, PROJECTION
 from flax_tied_lora._weight import LowRank, Term, Weight, add
 
@@ -81,7 +81,7 @@ def serve(
     for adder in adders:
         out = adder(out)
     if scale is not None:
-        out *= lax.convert_element_type(scale, accumulate)
+        out *= placed_as(lax.convert_element_type(scale, accumulate), out)
     return lax.convert_element_type(out, aval.dtype)
 
 
