@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 WORKERS ?= 2
+# Each worker begins with a stretch of its own: what a module's tests share is made by one of them.
+SPREAD := -n $(WORKERS) --dist worksteal
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-libraries test-slow test-gpu lint format bench clean
@@ -16,14 +18,14 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_smollm2.py $(DEMO_ARGS)
 
 test: $(VENV)/.test $(VENV)/.libraries
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 test-libraries: $(VENV)/.test $(VENV)/.libraries
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests/libraries $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "not gpu" tests/libraries $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.libraries $(VENV)/.weights
-	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu" \
-		--timeout 7200 $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=slow XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest \
+		$(SPREAD) -m "slow and not gpu" --timeout 7200 $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.test
 	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

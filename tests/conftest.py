@@ -12,9 +12,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests import compiling
+
 # JAX reads these when it starts, so they come before its import. A GPU run sets JAX_PLATFORMS.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+flags = [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    *compiling.flags(),
+]
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: a thread pool in each would only fight over them.
     flags.append("--xla_cpu_multi_thread_eigen=false")

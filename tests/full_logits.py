@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tests.oracle import fast_compile
+from tests import compiling
 
 
 def cross_entropy(
@@ -40,7 +40,7 @@ def cross_entropy(
 
 def compiled(function: Callable[..., Any], *args: Any) -> Any:
     """Returns the function's result, compiled with the compiler's expensive passes off."""
-    options = fast_compile() if jax.default_backend() == "cpu" else None
+    options = compiling.quick() if jax.default_backend() == "cpu" else None
     return jax.jit(function).lower(*args).compile(compiler_options=options)(*args)
 
 

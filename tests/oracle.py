@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flax_tied_lora as tied_lora
+from tests import compiling
 
 # Relative to the largest entry of the array compared, or 1.
 FLOAT32_TOLERANCE = 2e-5
@@ -26,30 +27,11 @@ BFLOAT16_FLOOR = 2.0
 BFLOAT16_FLOOR_OF_SUMS = 3.0
 _EPS = float(jnp.finfo(jnp.bfloat16).eps)
 
+# A low-precision program rounds where it says so, fused or not.
+_OPTIONS = {**compiling.quick(), "xla_allow_excess_precision": False}
+
 _SCALING = 1.5
 _OF_ADAPTED, _OF_DATA = "gradient of [0]", "gradient of [1]"
-
-_FAST_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-    # A low-precision program rounds where it says so, fused or not.
-    "xla_allow_excess_precision": False,
-}
-
-
-@functools.cache
-def fast_compile() -> dict[str, Any]:
-    """Returns those of the options that this release of XLA knows."""
-
-    def is_known(name: str, value: Any) -> bool:
-        try:
-            jax.jit(lambda: 0.0).lower().compile(compiler_options={name: value})
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    return {n: v for n, v in _FAST_COMPILE.items() if is_known(n, v)}
 
 
 def wrapped(
@@ -209,7 +191,7 @@ def compare(
         warnings.simplefilter("always", tied_lora.DensifyWarning)
         lowered = jax.jit(program).lower(arrays)
     on_cpu = jax.default_backend() == "cpu"
-    compiled = lowered.compile(compiler_options=fast_compile() if on_cpu else None)
+    compiled = lowered.compile(compiler_options=_OPTIONS if on_cpu else None)
     outcomes = [_named(o) for o in compiled(arrays)]
     assert outcomes[0], "the function returned no arrays: nothing was compared"
     for name, ours in outcomes[0].items():

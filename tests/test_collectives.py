@@ -13,7 +13,6 @@ import flax_tied_lora as tied_lora
 from tests import meshes
 from tests.collectives import Collective, collectives, moved
 from tests.meshes import RANK, SHAPE
-from tests.oracle import fast_compile
 
 V, D = SHAPE.vocabulary, SHAPE.width
 # Bytes of both factors, and of a number for each token and rank.
@@ -40,25 +39,17 @@ def step(layout: str, loss: Any, targets: list[str], on_dense: Any = "error") ->
 
     shardings = jax.tree.map(lambda x: x.sharding, adapted.adapters)
     run = jax.jit(jax.value_and_grad(of), out_shardings=(None, shardings))
-    return run.lower(adapted.adapters, adapted, meshes.tokens(mesh)).compile(
-        compiler_options=fast_compile()
-    )
+    return run.lower(adapted.adapters, adapted, meshes.tokens(mesh)).compile()
 
 
 def forward(layout: str, loss: Any, adapted: bool) -> Any:
     mesh = meshes.mesh(layout)
     params = meshes.params(layout, mesh)
     if not adapted:
-        return (
-            jax.jit(loss)
-            .lower(params, meshes.tokens(mesh))
-            .compile(compiler_options=fast_compile())
-        )
+        return jax.jit(loss).lower(params, meshes.tokens(mesh)).compile()
     config = tied_lora.LoraConfig(r=RANK, lora_alpha=8, target_modules=["wte"])
     run = jax.jit(tied_lora.adapt(loss, on_dense="error"))
-    return run.lower(tied_lora.wrap(params, config), meshes.tokens(mesh)).compile(
-        compiler_options=fast_compile()
-    )
+    return run.lower(tied_lora.wrap(params, config), meshes.tokens(mesh)).compile()
 
 
 def added(ours: Any, theirs: Any) -> list[Collective]:

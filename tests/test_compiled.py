@@ -14,6 +14,7 @@ from jax import lax
 
 import flax_tied_lora as tied_lora
 from tests import gpt2_shape
+from tests.compiling import as_shipped
 
 TARGETS = ["wte", "c_attn"]
 SHAPE = gpt2_shape.Shape()
@@ -28,7 +29,7 @@ def programs() -> dict[str, Any]:
         "by hand": gpt2_shape.by_hand(SHAPE, TARGETS),
         "densified": gpt2_shape.densified(SHAPE, TARGETS),
     }
-    return {name: program.compile() for name, program in lowered.items()}
+    return {name: as_shipped(program) for name, program in lowered.items()}
 
 
 def flops(compiled: Any) -> float:
@@ -69,14 +70,14 @@ def test_temporary_memory_is_that_of_lora_on_attention_only(programs):
 
 
 def test_a_loss_without_logits_takes_little_of_it(programs):
-    compiled = gpt2_shape.without_logits(SHAPE, TARGETS).compile()
+    compiled = as_shipped(gpt2_shape.without_logits(SHAPE, TARGETS))
     assert temporary(compiled) <= 0.6 * temporary(programs["attention only"])
 
 
 def test_a_loss_without_logits_of_many_tokens():
     shape = dataclasses.replace(SHAPE, batch=8, length=512)
-    without = temporary(gpt2_shape.without_logits(shape, TARGETS).compile())
-    assert without <= 0.5 * temporary(gpt2_shape.ours(shape, ["c_attn"]).compile())
+    without = temporary(as_shipped(gpt2_shape.without_logits(shape, TARGETS)))
+    assert without <= 0.5 * temporary(as_shipped(gpt2_shape.ours(shape, ["c_attn"])))
 
 
 def layered(policy: Any = None, jitted: bool = False) -> Any:

@@ -13,6 +13,7 @@ import pytest
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora.losses import linear_cross_entropy
+from tests.compiling import as_shipped
 from tests.full_logits import assert_same, compiled, cross_entropy, value_and_gradients
 from tests.oracle import array, numbers
 
@@ -169,7 +170,7 @@ def test_transformations_of_jax():
 
 
 def _stated(function: Any, *args: Any) -> tuple[int, float]:
-    program: Any = jax.jit(function).lower(*args).compile()
+    program = as_shipped(jax.jit(function).lower(*args))
     return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"]
 
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 import flax_tied_lora as tied_lora
+from tests import compiling
 from tests.models.families import FAMILIES, Case, build
-from tests.oracle import fast_compile
 
 # LongT5's global attention gives one_hot numbers that are no integers.
 FLOAT_ONE_HOT = "ignore:jax.nn.one_hot input should be integer-typed:DeprecationWarning"
 model_tests = [pytest.mark.models, pytest.mark.filterwarnings(FLOAT_ONE_HOT)]
 RANK = 3
 # Quickly rather than well: each program runs once or twice.
-compiled = functools.partial(jax.jit, compiler_options=fast_compile())
+compiled = functools.partial(jax.jit, compiler_options=compiling.quick())
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 

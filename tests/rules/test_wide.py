@@ -13,6 +13,7 @@ import flax_tied_lora as tied_lora
 from flax_tied_lora._factor import RANK
 from flax_tied_lora._rules import _wide
 from tests import oracle
+from tests.compiling import as_shipped
 
 VOCABULARY, WIDTH = 96, 4
 FORMS = {"parts": _wide.by_parts, "rank one": _wide.rank_one, "product": _wide.product_added}
@@ -136,9 +137,9 @@ def test_a_loop_of_parts_makes_no_second_array():
     how, base, hidden, far = operands(tokens=(8, 64))
 
     def temporary(form: Any) -> int:
-        compiled = jax.jit(lambda x, w, h, a: form(how, x @ w, h, a)).lower(
-            jnp.ones((8, 64, WIDTH)), jnp.ones((WIDTH, VOCABULARY)), hidden, far
-        ).compile()  # fmt: skip
+        program = jax.jit(lambda x, w, h, a: form(how, x @ w, h, a))
+        x, w = jnp.ones((8, 64, WIDTH)), jnp.ones((WIDTH, VOCABULARY))
+        compiled = as_shipped(program.lower(x, w, hidden, far))
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(_wide.by_parts) <= 0.3 * base.nbytes
