@@ -12,7 +12,7 @@ WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-libraries test-slow test-gpu lint format bench clean
+.PHONY: demo test test-libraries test-slow test-gpu test-tpu lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_smollm2.py $(DEMO_ARGS)
@@ -21,14 +21,19 @@ test: $(VENV)/.test $(VENV)/.libraries
 	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 test-libraries: $(VENV)/.test $(VENV)/.libraries
-	$(BIN)/python -m pytest $(SPREAD) -m "not gpu" tests/libraries $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "not gpu and not tpu" tests/libraries $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.libraries $(VENV)/.weights
 	HYPOTHESIS_PROFILE=slow XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest \
-		$(SPREAD) -m "slow and not gpu" --timeout 7200 $(PYTEST_ARGS)
+		$(SPREAD) -m "slow and not gpu and not tpu" --timeout 7200 $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.test
 	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# In an environment of its own: libtpu, the TPU's compiler, would be found by every other run.
+test-tpu:
+	$(MAKE) VENV=.venv-tpu .venv-tpu/.tpu
+	.venv-tpu/bin/python -m pytest -m tpu tests/test_tpu.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -43,7 +48,7 @@ bench: $(VENV)/.bench
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-tpu .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found" >&2; exit 1; }
