@@ -12,7 +12,7 @@ WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-libraries test-slow test-gpu test-tpu lint format bench clean
+.PHONY: demo test test-libraries test-slow test-gpu test-tpu lint format bench bench-long clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_smollm2.py $(DEMO_ARGS)
@@ -44,8 +44,23 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Half an hour on two idle cores, 10 GiB of memory; writes benchmarks/results/ and docs/performance.md.
 bench: $(VENV)/.bench
-	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	$(BIN)/python benchmarks/elsewhere.py
+	$(BIN)/python benchmarks/tracing.py
+	$(BIN)/python benchmarks/linear_cross_entropy.py
+	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --layers 12
+	$(BIN)/python benchmarks/against_peft.py
+	$(BIN)/python benchmarks/gemma_table.py
+	$(BIN)/python benchmarks/_report.py
+
+# What takes longer: training lengths, and losses on quantised bases.
+bench-long: $(VENV)/.bench
+	$(BIN)/python benchmarks/step.py --batch 8 --length 512
+	$(BIN)/python benchmarks/quantized.py --qtypes int8 nf4
+	$(BIN)/python benchmarks/_report.py
 
 clean:
 	rm -rf $(VENV) .venv-tpu .pytest_cache .ruff_cache .hypothesis

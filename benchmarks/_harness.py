@@ -6,7 +6,10 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import platform
+import re
+import resource
 import statistics
 import sys
 import time
@@ -18,6 +21,9 @@ from typing import Any
 import jax
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "torch", "peft")
+MIB = 2**20
+CHUNKED = ("linear_cross_entropy", "fused")  # names of programs with a loop over chunks
 
 
 def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -41,28 +47,91 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> dict[str, float]:
     """Returns the median of the rounds' ratios, and the quartiles."""
     ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"median": middle, "quartile 1": low, "quartile 3": high}
 
 
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def costs(compiled: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Returns what the compiler reports: temporary memory and FLOPs of each program.
+
+    It counts the body of a loop once, so a program with one around its products has no FLOPs here.
+    """
+    return {
+        "temporary MiB": {
+            n: c.memory_analysis().temp_size_in_bytes / MIB for n, c in compiled.items()
+        },
+        "GFLOP": {
+            n: c.cost_analysis()["flops"] / 1e9
+            for n, c in compiled.items()
+            if not any(word in n for word in CHUNKED)
+        },
+    }
+
+
+def check_equal(losses: Mapping[str, float]) -> None:
+    """Ends the program where peers compute different things: a benchmark of those is worthless."""
+    # Elsewhere products of float32 are not of float32's precision unless one asks for it.
+    limit = 1e-4 if jax.default_backend() == "cpu" else 3e-2
+    if max(losses.values()) - min(losses.values()) > limit:
+        raise SystemExit(f"peers whose first losses differ by more than {limit}: {losses}")
+
+
+def parser(text: str | None = None, rounds: int | None = 11) -> argparse.ArgumentParser:
+    """Returns the options that every program has; without rounds, of one that times nothing."""
+    result = argparse.ArgumentParser(description=(text or "").partition("\n")[0])
+    if rounds:
+        result.add_argument("--rounds", type=int, default=rounds, help=f"({rounds})")
+    result.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
+    result.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON")
+    return result
+
+
 def rounds_from_arguments(default: int = 11) -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=default)
-    return parser.parse_args().rounds
+    return parser(rounds=default).parse_args().rounds
 
 
 def store(name: str, figures: Any) -> None:
-    """Prints the figures and writes them to ``results/NAME.json`` with versions and device."""
-    packages = ("jax", "jaxlib", "flax", "optax", "transformers")
+    """Prints the figures and writes them to ``NAME.json`` with versions, command and device.
+
+    The file is in the folder of the option ``--output``; of a device other than the CPU it is
+    called ``NAME-DEVICE.json``.
+    """
+    device = jax.devices()[0]
     record = {
         "figures": figures,
         "date": datetime.date.today().isoformat(),
         "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}, {platform.machine()}",
+        "device": f"{device.device_kind} x {jax.device_count()}, {platform.machine()}",
+        "cores": cores(),
+        "peak MiB of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "python": platform.python_version(),
-        "versions": {p: metadata.version(p) for p in packages},
+        "versions": {p: v for p in PACKAGES if (v := version(p))},
     }
-    RESULTS.mkdir(exist_ok=True)
+    options = parser().parse_known_args()[0]
+    folder = options.output
+    if options.tiny and folder == RESULTS:
+        raise SystemExit("figures of a tiny shape are not kept: give a folder with --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    if device.platform != "cpu":
+        name += "-" + re.sub(r"\W+", "-", device.device_kind.lower())
     text = json.dumps(record, indent=2) + "\n"
-    (RESULTS / f"{name}.json").write_text(text)
+    (folder / f"{name}.json").write_text(text)
     print(text)
+
+
+def cores() -> int:
+    """Returns how many cores the process may use; ``taskset -c 0,1`` makes it two."""
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+
+
+def version(package: str) -> str | None:
+    """Returns the installed version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

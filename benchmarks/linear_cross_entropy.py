@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import functools
-import statistics
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from _harness import interleaved, ratio, rounds_from_arguments, store
+from _harness import costs, interleaved, medians, parser, ratio, store
 
 import flax_tied_lora as tied_lora
 
-# SmolLM2-135M's table.
-TOKENS, VOCABULARY, WIDTH, RANK = 2048, 49152, 576, 8
+RANK = 8
 
 
 def main() -> None:
-    rounds = rounds_from_arguments()
+    args = parser(__doc__).parse_args()
+    # SmolLM2-135M's table.
+    count, vocabulary, width = (512, 256, 16) if args.tiny else (2048, 49152, 576)
     keys = jax.random.split(jax.random.key(0), 3)
-    params = {"embed": {"embedding": jax.random.normal(keys[0], (VOCABULARY, WIDTH)) / 24}}
-    hidden = jax.random.normal(keys[1], (TOKENS, WIDTH))
-    labels = jax.random.randint(keys[2], (TOKENS,), 0, VOCABULARY)
+    params = {"embed": {"embedding": jax.random.normal(keys[0], (vocabulary, width)) / 24}}
+    hidden = jax.random.normal(keys[1], (count, width))
+    labels = jax.random.randint(keys[2], (count,), 0, vocabulary)
     adapted = tied_lora.wrap(params, tied_lora.LoraConfig(r=RANK, target_modules=["embed"]))
 
     def plain(params: Any, hidden: Any) -> Any:
@@ -66,18 +66,19 @@ def main() -> None:
     cases = {name: functools.partial(run, name) for name in steps}
     for case in cases.values():
         case()
-    seconds = interleaved(cases, rounds)
-    memory = {n: c.memory_analysis().temp_size_in_bytes for n, c in compiled.items()}
+    seconds = interleaved(cases, args.rounds)
+    reported = costs(compiled)
+    memory = reported["temporary MiB"]
     base = "frozen, plain"
     store(
         "linear_cross_entropy",
         {
             "what": "the loss and its gradients, of hidden states and of a tied delta's factors; "
-            f"{TOKENS} tokens, vocabulary {VOCABULARY}, width {WIDTH}, rank {RANK}, "
+            f"{count} tokens, vocabulary {vocabulary}, width {width}, rank {RANK}, "
             f"{jnp.dtype(hidden.dtype).name}",
-            "rounds": rounds,
-            "median seconds": {n: statistics.median(s) for n, s in seconds.items()},
-            "temporary MiB": {n: m / 2**20 for n, m in memory.items()},
+            "rounds": args.rounds,
+            "median seconds": medians(seconds),
+            **reported,
             "time / frozen, plain": {n: ratio(seconds, n, base) for n in cases if n != base},
             "memory / frozen, plain": {n: m / memory[base] for n, m in memory.items()},
         },

@@ -8,7 +8,6 @@ Prints and stores bytes, the compiled step's temporary memory, held-out losses a
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import _harness
 import corpus
 import finetune_smollm2
 import jax
@@ -73,12 +73,12 @@ def finetuned(qtype: str, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    import _harness
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _harness.parser(__doc__, rounds=None)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--qtypes", nargs="+", default=["int8", "nf4", "int4"])
     args = parser.parse_args()
+    if args.tiny:
+        args.steps, args.qtypes = 1, ["int8"]
     found: dict[str, Any] = {}
     print("| base | stored | of float32 | temporary memory | loss before | after | s / step |")
     print("|---|---|---|---|---|---|---|")
