@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -160,7 +161,15 @@ def test_ctrl_c_then_the_same_command(options, whole, tmp_path, monkeypatch, cap
     assert_same(state_in(options(tmp_path)), state_in(options(whole)))
 
 
-def test_a_second_ctrl_c_stops_at_once(options, tmp_path, monkeypatch):
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """Python's own handler: a process that a shell started in the background has none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_stops_at_once(options, tmp_path, monkeypatch, heard_ctrl_c):
     def impatient(job, manager, state):
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still here")

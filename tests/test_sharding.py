@@ -98,9 +98,10 @@ def test_a_mesh_gives_the_single_device_result(kind, layout, expected):
         adapted = tied_lora.wrap(placed(params(), mesh, LAYOUTS[layout]), CONFIG)
         adapted = perturbed(adapted)
         found = jax.jit(loss_and_grads(model))(adapted, tokens)
-    chex.assert_trees_all_close(
-        jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected), rtol=2e-5, atol=2e-5
-    )
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        # Gradients are sums of up to 156, in another order on a mesh: eight roundings of that.
+        size = np.max(np.abs(theirs))
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=max(2e-5, 1e-6 * size))
     grads = found[1][1]["lora"]["embed/embedding"]
     for name, factor in adapted.adapters["lora"]["embed/embedding"].items():
         assert grads[name].sharding.is_equivalent_to(factor.sharding, 2) or kind is AxisType.Auto
