@@ -66,7 +66,16 @@ def test_temporary_memory_with_logits_is_that_of_attention_only(dtype):
     assert temporary(step("ours", dtype)) <= 1.05 * temporary(attention_only(dtype))
 
 
-@BOTH
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "bfloat16",
+        pytest.param(
+            "float32",
+            marks=pytest.mark.xfail(reason="the peer's logits fit into VMEM", strict=True),
+        ),
+    ],
+)
 def test_temporary_memory_without_logits(dtype):
     ours = temporary(step("ours", dtype, SMALL, fused_loss))
     assert ours <= 0.6 * temporary(attention_only(dtype))
