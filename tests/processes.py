@@ -27,8 +27,10 @@ def run(
       devices: of each process.
       check: whether each has to end well.
     """
+    # Compiled as here: the same seed gives the same params, to the last bit.
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+        **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags),
         "JAX_NUM_CPU_DEVICES": str(devices), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     where = ["--coordinator", f"localhost:{free_port()}", "--processes", str(processes)]

@@ -22,11 +22,11 @@ from flax_tied_lora._sharding import split
 # model's width, the kernels of its layers 8 times at most.
 WIDE = 16
 
-# Up to this rank, terms of rank one are cheaper than a product on TPU (`benchmarks/results`).
-RANK_ONE = 16
+# Up to this rank, and from so many tokens on, terms of rank one are cheaper than a product on TPU.
+RANK_ONE, MANY = 16, 1024
 
 # On the CPU: a product of so few tokens is small, and of how many parts a larger one is made.
-FEW, PARTS = 16, 8
+FEW, PARTS = 12, 8
 
 
 def fits(hidden: Factor, far: Factor, order: Sequence[Axis], rows: int) -> bool:
@@ -68,11 +68,13 @@ class Form:
 def added(form: Form, base: Array, hidden: Array, far: Array) -> Array:
     """Returns ``base + hidden . far``, the product being over the rank axis.
 
-    Measured, not guessed (docs/performance.md): on the CPU XLA fuses no product with an addition,
-    and a loop that adds a part at a time is fastest; on TPU and GPU terms of rank one become
-    part of the product that made ``base``, if they are few. Derivatives are plain products.
+    Measured, not guessed (docs/rules.md): on the CPU XLA fuses no product with an addition, and a
+    loop that adds a part at a time is fastest; elsewhere it does, and terms of rank one, if they
+    are few, are part of the product that made ``base``. Derivatives are plain products.
     """
-    default = rank_one if hidden.shape[form.hidden.index(RANK)] <= RANK_ONE else product_added
+    rank = hidden.shape[form.hidden.index(RANK)]
+    few = rank <= RANK_ONE and hidden.size >= MANY * rank
+    default = rank_one if few else product_added
     cpu = by_parts if form.flat else product_added
     cpu, default = functools.partial(cpu, form), functools.partial(default, form)
     return lax.platform_dependent(base, hidden, far, cpu=cpu, default=default)
@@ -83,6 +85,20 @@ def _added_jvp(form: Form, primals: Any, tangents: Any) -> Any:
     (base, hidden, far), (base_dot, hidden_dot, far_dot) = primals, tangents
     out_dot = base_dot + product(form, base.dtype, hidden_dot, far)
     return added(form, base, hidden, far), out_dot + product(form, base.dtype, hidden, far_dot)
+
+
+@jax.custom_jvp
+def kept(array: Array) -> Array:
+    """Returns an array that is made once, where it is: not again in each operation that reads it.
+
+    A loss slices the logits; XLA for the TPU slices both products instead, and so makes both.
+    """
+    return lax.optimization_barrier(array)
+
+
+@kept.defjvp
+def _kept_jvp(primals: Any, tangents: Any) -> Any:
+    return kept(*primals), tangents[0]
 
 
 def product(form: Form, dtype: Any, hidden: Array, far: Array) -> Array:
@@ -130,23 +146,25 @@ def rank_one(form: Form, base: Array, hidden: Array, far: Array) -> Array:
 def by_parts(form: Form, base: Array, hidden: Array, far: Array) -> Array:
     """Returns the sum by products of a part of the tokens each, in place.
 
-    A part is every n-th token, so that where tokens are sharded each device has some of each part.
+    A part is every n-th token of an axis, so that where that axis is sharded each device has some
+    of each part.
     """
-    rank, shape = hidden.shape[-1], base.shape
-    tokens = math.prod(hidden.shape[:-1])
-    if tokens < FEW:
+    *tokens, rank = hidden.shape
+    axis = max(range(len(tokens)), key=lambda i: (tokens[i], i))
+    length = tokens[axis]
+    if length < FEW:
         return product_added(form, base, hidden, far)
-    parts = next(n for n in range(PARTS, tokens + 1) if tokens % n == 0)
-    base, hidden = base.reshape(-1, parts, far.size // rank), hidden.reshape(-1, parts, rank)
+    parts = next(n for n in range(PARTS, length + 1) if length % n == 0)
+    split = (*tokens[:axis], length // parts, parts, *tokens[axis + 1 :])
+    shape, base, hidden = base.shape, base.reshape(*split, -1), hidden.reshape(*split, rank)
     last = form.far[-1] == RANK
     far = far.reshape((-1, rank) if last else (rank, -1))
+    summed = ((len(tokens),), (int(last),))
 
     def body(i: Any, base: Array) -> Array:
-        own = lax.dot_general(
-            lax.dynamic_index_in_dim(hidden, i, 1, keepdims=False), far,
-            (((1,), (int(last),)), ((), ())), form.precision, base.dtype,
-        )  # fmt: skip
-        own += lax.dynamic_index_in_dim(base, i, 1, keepdims=False)
-        return lax.dynamic_update_index_in_dim(base, own, i, 1)
+        own = lax.dynamic_index_in_dim(hidden, i, axis + 1, keepdims=False)
+        own = lax.dot_general(own, far, (summed, ((), ())), form.precision, base.dtype)
+        own += lax.dynamic_index_in_dim(base, i, axis + 1, keepdims=False)
+        return lax.dynamic_update_index_in_dim(base, own, i, axis + 1)
 
     return lax.fori_loop(0, parts, body, base).reshape(shape)

@@ -49,7 +49,7 @@ def serve(
       quantized: the product with a weight that is stored quantised; None where there is none.
     """
     aval, accumulate = eqn.outvars[0].aval, accumulator(eqn.outvars[0].aval.dtype)
-    cost, parts, adders = Cost(), [], []
+    cost, parts, adders, wide = Cost(), [], [], False
     plain = None
     if not isinstance(x, Weight):
         plain = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
@@ -61,6 +61,7 @@ def serve(
                 data = dropped(term, plain)
             sharding = split(parts[0]) if parts else None
             served = low_rank(term, data, cost, sharding)
+            wide |= callable(served)
             (adders if callable(served) else parts).append(served)
             continue
         if isinstance(term, Rows) and rows is not None and plain is not None:
@@ -82,7 +83,8 @@ def serve(
         out = adder(out)
     if scale is not None:
         out *= placed_as(lax.convert_element_type(scale, accumulate), out)
-    return lax.convert_element_type(out, aval.dtype)
+    out = lax.convert_element_type(out, aval.dtype)
+    return _wide.kept(out) if wide else out
 
 
 def _refuse_differentiated(context: Any, term: Term) -> None:
