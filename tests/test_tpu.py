@@ -60,9 +60,15 @@ def test_a_densified_table_would_be_found():
     assert made(step("densified", "bfloat16"), SMALL.vocabulary, SMALL.width)
 
 
-@pytest.mark.xfail(reason="the delta's logits are an array of their own", strict=True)
+def test_temporary_memory_with_logits_is_that_of_attention_only():
+    assert temporary(step("ours", "bfloat16", LARGE)) <= 1.05 * temporary(
+        attention_only("bfloat16", LARGE)
+    )
+
+
+@pytest.mark.xfail(reason="the logits of attention alone fit into VMEM", strict=True)
 @BOTH
-def test_temporary_memory_with_logits_is_that_of_attention_only(dtype):
+def test_temporary_memory_with_the_logits_of_few_tokens(dtype):
     assert temporary(step("ours", dtype)) <= 1.05 * temporary(attention_only(dtype))
 
 
