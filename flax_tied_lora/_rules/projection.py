@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from flax_tied_lora import _quantized_product, _rows
@@ -205,16 +207,17 @@ def _scaled(x: Any, names: Sequence[Axis], scale: Factor, dtype: Any) -> Any:
 
 
 def halfway(
-    term: LowRank, data: Array, names: Sequence[Axis], order: Sequence[Axis], **options: Any
-) -> tuple[Factor, Factor]:
+    term: LowRank, data: Array, names: Sequence[Axis], order: Sequence[Axis], *,
+    accumulate: Any, precision: Any, cost: Cost,
+) -> tuple[Factor, Factor]:  # fmt: skip
     """Returns the scaled product of data with one factor of a delta, and the other factor.
 
     Args:
       names: a label for each axis of the data: the weight axis that it is paired with, or its own.
       order: the labels of the axes of the whole product, whose cheaper order it is.
-      options: as `contract` has them.
+      accumulate, precision, cost: as `contract` has them.
     """
-    dtype, accumulate = data.dtype, options["accumulate"]
+    dtype = data.dtype
     # An axis that neither factor has is one along which the delta is constant.
     own = {*term.a.axes, *term.b.axes, *order}
     lone = tuple(i for i, n in enumerate(names) if n not in own)
@@ -223,20 +226,68 @@ def halfway(
         data = lax.convert_element_type(total, dtype)
     x = Factor(data, tuple(n for n in names if n in own))
     near, far = (term.a, term.b) if times_chain(x, term.a, term.b, order) else (term.b, term.a)
-    near, far = near.astype(dtype), far.astype(dtype)
-    hidden = contract(x, near, (*order, *far.axes), **options)
-    scaled = hidden.array * lax.convert_element_type(term.scaling, accumulate)
-    return Factor(lax.convert_element_type(scaled, dtype), hidden.axes), far
+    hidden, far = _first(
+        x, near, far, term.scaling, tuple(order),
+        accumulate=accumulate, precision=precision, out_sharding=None,
+    )  # fmt: skip
+    _count(cost, hidden, x, near, accumulate)
+    return hidden, far
 
 
 def last(
-    hidden: Factor, far: Factor, order: Sequence[Axis], *, out_sharding: Any, **options: Any
-) -> Factor:
+    hidden: Factor, far: Factor, order: Sequence[Axis], *,
+    accumulate: Any, precision: Any, cost: Cost, out_sharding: Any,
+) -> Factor:  # fmt: skip
     """Returns the product of what `halfway` returns, in an order that needs no transposition."""
+    out = _second(
+        hidden, far, tuple(order),
+        accumulate=accumulate, precision=precision, out_sharding=out_sharding,
+    )  # fmt: skip
+    _count(cost, out, hidden, far, accumulate)
+    return out
+
+
+# A model's layers are served by the same two products: traced and linearised once for all of them,
+# which is half of what adapting adds to tracing a gradient. Inlined, so the program is as without.
+_shared = functools.partial(
+    jax.jit, static_argnames=("order", "accumulate", "precision", "out_sharding"), inline=True
+)
+
+
+@_shared
+def _first(
+    x: Factor, near: Factor, far: Factor, scaling: Array, order: tuple[Axis, ...], *,
+    accumulate: Any, precision: Any, out_sharding: None,
+) -> tuple[Factor, Factor]:  # fmt: skip
+    dtype = x.array.dtype
+    near, far = near.astype(dtype), far.astype(dtype)
+    hidden = contract(
+        x, near, (*order, *far.axes),
+        accumulate=accumulate, precision=precision, cost=Cost(), out_sharding=out_sharding,
+    )  # fmt: skip
+    scaled = hidden.array * lax.convert_element_type(scaling, accumulate)
+    return Factor(lax.convert_element_type(scaled, dtype), hidden.axes), far
+
+
+@_shared
+def _second(
+    hidden: Factor, far: Factor, order: tuple[Axis, ...], *,
+    accumulate: Any, precision: Any, out_sharding: Any,
+) -> Factor:  # fmt: skip
     wanted = tuple(n for n in order if n in hidden.axes or n in far.axes)
     pair = (far, hidden) if _product_axes(far, hidden, order) == wanted else (hidden, far)
     full = out_sharding if _product_axes(*pair, order) == tuple(order) else None
-    return contract(*pair, order, **options, out_sharding=full)
+    return contract(
+        *pair, order,
+        accumulate=accumulate, precision=precision, cost=Cost(), out_sharding=full,
+    )  # fmt: skip
+
+
+def _count(cost: Cost, out: Factor, lhs: Factor, rhs: Factor, accumulate: Any) -> None:
+    """Adds what a product costs, as `contract` does, which is not called for each layer."""
+    summed = [a for a in lhs.axes if a in rhs.axes and a not in out.axes]
+    cost.flops += 2 * out.array.size * math.prod(lhs.size(a) for a in summed)
+    cost.bytes += out.array.size * np.dtype(accumulate).itemsize
 
 
 def _product_axes(lhs: Factor, rhs: Factor, keep: Sequence[Axis]) -> tuple[Axis, ...]:
