@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_tied_lora._adapted import Adapted
-from flax_tied_lora._factor import RANK, Cost, Factor, accumulator, contract
+from flax_tied_lora._factor import RANK, Factor, accumulator, contract
 from flax_tied_lora._factors import is_box, key_number, unboxed
 from flax_tied_lora._fused import block
 from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
@@ -204,7 +204,7 @@ def _dora_scale(array: Any, delta: Term, magnitude: jax.Array, group: GroupPlan)
     assert isinstance(delta, LowRank)
     accumulate = accumulator(array.dtype)
     keep = (*group.batch, *group.cols)
-    options: dict[str, Any] = {"accumulate": accumulate, "cost": Cost()}
+    options: dict[str, Any] = {"accumulate": accumulate}
     a, b, scaling = jax.tree.map(
         lax.stop_gradient,
         (delta.a.astype(accumulate), delta.b.astype(accumulate),
@@ -247,7 +247,7 @@ def _norms_and_product(
     left = tuple(i for i in w.axes if i in keep)
     rows = [i for i in w.axes if i not in keep]
     summed = Factor(jnp.sum(jnp.square(w.array), axis=rows), left).ordered(keep).array
-    return summed, contract(w, a, order, accumulate=accumulate, cost=Cost())
+    return summed, contract(w, a, order, accumulate=accumulate)
 
 
 def shapes_of(adapted: Adapted) -> Sequence[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import Array, lax
 
-from flax_tied_lora._factor import RANK, Axis, Cost, Factor, contract
+from flax_tied_lora._factor import RANK, Axis, Factor, contract
 from flax_tied_lora._sharding import split
 
 # A projection is wide from so many columns for each row on. Vocabularies are 40 to 170 times a
@@ -69,8 +69,8 @@ def added(form: Form, base: Array, hidden: Array, far: Array) -> Array:
     """Returns ``base + hidden . far``, the product being over the rank axis.
 
     Measured, not guessed (docs/rules.md): on the CPU XLA fuses no product with an addition, and a
-    loop that adds a part at a time is fastest; elsewhere it does, and terms of rank one, if they
-    are few, are part of the product that made ``base``. Derivatives are plain products.
+    loop that adds a part at a time is fastest; on TPU terms of rank one, if they are few and tokens
+    many, become part of the product that made ``base``. Derivatives are plain products.
     """
     rank = hidden.shape[form.hidden.index(RANK)]
     few = rank <= RANK_ONE and hidden.size >= MANY * rank
@@ -119,7 +119,7 @@ def product(form: Form, dtype: Any, hidden: Array, far: Array) -> Array:
 def _product(form: Form, dtype: Any, hidden: Array, far: Array) -> Array:
     return contract(
         Factor(hidden, form.hidden), Factor(far, form.far), form.order,
-        accumulate=dtype, precision=form.precision, cost=Cost(),
+        accumulate=dtype, precision=form.precision,
     ).ordered(form.order).array  # fmt: skip
 
 

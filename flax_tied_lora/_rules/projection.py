@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from flax_tied_lora import _quantized_product, _rows
@@ -230,7 +229,7 @@ def halfway(
         x, near, far, term.scaling, tuple(order),
         accumulate=accumulate, precision=precision, out_sharding=None,
     )  # fmt: skip
-    _count(cost, hidden, x, near, accumulate)
+    cost.add_product(hidden, x, near, accumulate)
     return hidden, far
 
 
@@ -243,7 +242,7 @@ def last(
         hidden, far, tuple(order),
         accumulate=accumulate, precision=precision, out_sharding=out_sharding,
     )  # fmt: skip
-    _count(cost, out, hidden, far, accumulate)
+    cost.add_product(out, hidden, far, accumulate)
     return out
 
 
@@ -263,7 +262,7 @@ def _first(
     near, far = near.astype(dtype), far.astype(dtype)
     hidden = contract(
         x, near, (*order, *far.axes),
-        accumulate=accumulate, precision=precision, cost=Cost(), out_sharding=out_sharding,
+        accumulate=accumulate, precision=precision, out_sharding=out_sharding,
     )  # fmt: skip
     scaled = hidden.array * lax.convert_element_type(scaling, accumulate)
     return Factor(lax.convert_element_type(scaled, dtype), hidden.axes), far
@@ -279,15 +278,8 @@ def _second(
     full = out_sharding if _product_axes(*pair, order) == tuple(order) else None
     return contract(
         *pair, order,
-        accumulate=accumulate, precision=precision, cost=Cost(), out_sharding=full,
+        accumulate=accumulate, precision=precision, out_sharding=full,
     )  # fmt: skip
-
-
-def _count(cost: Cost, out: Factor, lhs: Factor, rhs: Factor, accumulate: Any) -> None:
-    """Adds what a product costs, as `contract` does, which is not called for each layer."""
-    summed = [a for a in lhs.axes if a in rhs.axes and a not in out.axes]
-    cost.flops += 2 * out.array.size * math.prod(lhs.size(a) for a in summed)
-    cost.bytes += out.array.size * np.dtype(accumulate).itemsize
 
 
 def _product_axes(lhs: Factor, rhs: Factor, keep: Sequence[Axis]) -> tuple[Axis, ...]:
