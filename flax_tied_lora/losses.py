@@ -58,7 +58,7 @@ def linear_cross_entropy(
       axis_name: inside a `jax.shard_map`, the mesh axis that the vocabulary is split over: table
         and bias are a device's part, labels are numbers of the whole vocabulary.
       chunk_size: tokens that have logits at the same time, on all devices together; by default a
-        sixteenth of all, from 64 to 1,024 for each device of a mesh.
+        sixteenth of all, from 128 to 1,024 for each device of a mesh.
       precision: of the products, as `jax.lax.dot_general` has it.
 
     Returns:

@@ -174,27 +174,41 @@ def _stated(function: Any, *args: Any) -> tuple[int, float]:
     return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"]
 
 
-def test_memory_and_arithmetic_of_a_training_step():
-    tokens, vocabulary, width = 2048, 8192, 64
+def _stated_of_step(loss: Any, tokens: int, **options: Any) -> tuple[int, float]:
+    """Memory and arithmetic of a loss and its gradients by hidden states and factors."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    params = {"embed": {"embedding": shape((vocabulary, width))}}
+    params = {"embed": {"embedding": shape((8192, 64))}}
     adapted = tied_lora.wrap(params, tied_lora.LoraConfig(r=8, target_modules=["embed"]))
-    hidden, labels = shape((tokens, width)), jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    served = tied_lora.adapt(
+        lambda p, h, y: loss(h, p["embed"]["embedding"], y, **options), on_dense="error"
+    )
 
-    def step(loss: Any, chunk: dict[str, int]) -> Any:
-        served = tied_lora.adapt(
-            lambda p, h, y: loss(h, p["embed"]["embedding"], y, **chunk), on_dense="error"
-        )
-        return lambda adapted, h, y: jax.value_and_grad(
-            lambda adapters, h: served(adapted.replace(adapters=adapters), h, y), (0, 1)
-        )(adapted.adapters, h)
+    def step(adapted: Any, h: jax.Array, y: jax.Array) -> Any:
+        def of(adapters: Any, h: jax.Array) -> jax.Array:
+            return served(adapted.replace(adapters=adapters), h, y)
 
-    ours, _ = _stated(step(linear_cross_entropy, {}), adapted, hidden, labels)
-    plain, flops = _stated(step(cross_entropy, {}), adapted, hidden, labels)
+        return jax.value_and_grad(of, (0, 1))(adapted.adapters, h)
+
+    return _stated(step, adapted, shape((tokens, 64)), jax.ShapeDtypeStruct((tokens,), jnp.int32))
+
+
+def test_memory_and_arithmetic_of_a_training_step():
+    tokens = 2048
+    ours, _ = _stated_of_step(linear_cross_entropy, tokens)
+    plain, flops = _stated_of_step(cross_entropy, tokens)
     assert ours <= 0.1 * plain, f"{ours / plain:.3f} of the memory of plain logits"
-    # The compiler counts a loop's body once: with one chunk, all of it is there to be counted.
-    _, whole = _stated(step(linear_cross_entropy, {"chunk_size": tokens}), adapted, hidden, labels)
+    # The compiler counts a loop's body once: with one chunk all products are there to be counted.
+    _, whole = _stated_of_step(linear_cross_entropy, tokens, chunk_size=tokens)
     assert whole <= 1.01 * flops, f"{whole / flops:.3f} of the arithmetic of plain logits"
+
+
+@pytest.mark.parametrize("options", [{}, {"logit_soft_cap": 5.0}], ids=["plain", "capped"])
+def test_the_gradient_of_logits_has_their_memory(options):
+    """A larger chunk costs one array more of its size, not two."""
+    large, small = (
+        _stated_of_step(linear_cross_entropy, 1024, chunk_size=n, **options)[0] for n in (512, 256)
+    )
+    assert large - small <= 1.1 * (512 - 256) * 8192 * 4
 
 
 def test_evaluation_forms_no_gradients():

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from flax_tied_lora._factor import accumulator
-from flax_tied_lora._losses.splitting import by_chunks
+from flax_tied_lora._losses.splitting import by_chunks, by_rows
 from flax_tied_lora._sharding import share_names, split, vary, varying
 from flax_tied_lora._weight import Weight
 
@@ -92,10 +92,8 @@ class _Logits:
 
     Attributes:
       values: after scale and cap, [chunk, vocabulary].
-      slope: their derivative by what was capped; None where nothing is.
       norm: log of the sum of their exponentials, [chunk].
       places: of the tokens' labels in this shard of the vocabulary, or outside of it.
-      hot: where a token's label is.
       counted: which tokens count: not those whose label is ignored.
       known: which have a label of the vocabulary.
       vocabulary: its size, over all shards.
@@ -103,10 +101,8 @@ class _Logits:
     """
 
     values: Array
-    slope: Array | None
     norm: Array
     places: Array
-    hot: Array
     counted: Array
     known: Array
     vocabulary: int
@@ -120,10 +116,8 @@ def _logits(loss: Loss, hidden: Array, labels: Array, rest: Sequence[Array]) -> 
         values += lax.convert_element_type(rest[0], wide)[None]
     if loss.logit_scale != 1.0:
         values *= loss.logit_scale
-    slope = None
     if loss.logit_soft_cap is not None:
-        bounded = jnp.tanh(values / loss.logit_soft_cap)
-        values, slope = loss.logit_soft_cap * bounded, 1 - jnp.square(bounded)
+        values = _capped(loss.logit_soft_cap, values)
     name = loss.axis_name
     over = (lambda x: x) if name is None else functools.partial(lax.psum, axis_name=name)
     largest = jnp.max(lax.stop_gradient(values), axis=-1)
@@ -133,23 +127,42 @@ def _logits(loss: Loss, hidden: Array, labels: Array, rest: Sequence[Array]) -> 
         size, start = here * lax.axis_size(name), here * lax.axis_index(name)
     norm = jnp.log(over(jnp.sum(jnp.exp(values - largest[:, None]), axis=-1))) + largest
     places = labels - start
-    hot = lax.broadcasted_iota(labels.dtype, (1, here), 1) == places[:, None]
-    if (sharding := split(values)) is not None:
-        hot = jax.sharding.reshard(hot, sharding)
     return _Logits(
-        values, slope, norm,
+        values, norm,
         places=places,
-        hot=hot,
         counted=labels != loss.ignore_index,
         known=(labels >= 0) & (labels < size),
         vocabulary=size, over=over,
     )  # fmt: skip
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _capped(cap: float, values: Array) -> Array:
+    """Returns soft-capped logits, in the memory of the others."""
+    return by_rows(lambda x: cap * jnp.tanh(x / cap), values)
+
+
+@_capped.defjvp
+def _capped_jvp(cap: float, primals: Any, tangents: Any) -> Any:
+    out = _capped(cap, *primals)
+    return out, _slope_of_cap(cap, out) * tangents[0]
+
+
+def _slope_of_cap(cap: float, capped: Array) -> Array:
+    return 1 - jnp.square(capped / cap)
+
+
+def _hot(values: Array, places: Array) -> Array:
+    """Returns where in its row of the logits a token's label is."""
+    hot = lax.broadcasted_iota(places.dtype, (1, values.shape[-1]), 1) == places[:, None]
+    return hot if (sharding := split(values)) is None else jax.sharding.reshard(hot, sharding)
+
+
 def _picked(at: _Logits) -> Array:
     """Returns the value at each token's label; where it is in no shard, 0."""
     if split(at.values) is not None:
-        return at.over(jnp.sum(jnp.where(at.hot, at.values, 0), axis=-1))
+        hot = _hot(at.values, at.places)
+        return at.over(jnp.sum(jnp.where(hot, at.values, 0), axis=-1))
     # Not that sum: XLA for the CPU makes an array of a chunk's size for it.
     here = (at.places >= 0) & (at.places < at.values.shape[-1])
     out = jnp.take_along_axis(at.values, at.places[:, None], axis=-1, mode="clip")[:, 0]
@@ -167,17 +180,29 @@ def _values(loss: Loss, at: _Logits) -> Array:
     return jnp.where(at.counted, jnp.where(at.known, out, jnp.nan), 0)
 
 
-def _slopes(loss: Loss, at: _Logits, weights: Array) -> Array:
-    """Returns the gradient of the weighted sum by the products, in closed form."""
-    share = jnp.exp(at.values - at.norm[:, None])
-    if loss.z_loss:
-        share *= (1 + 2 * loss.z_loss * at.norm)[:, None]
-    out = jnp.where(at.hot, share - (1 - loss.label_smoothing), share)
-    if loss.label_smoothing:
-        out -= loss.label_smoothing / at.vocabulary
-    if at.slope is not None:
-        out *= at.slope
+def _slopes(loss: Loss, at: _Logits, losses: Array, weights: Array) -> Array:
+    """Returns the gradient of the weighted sum of losses by the products, in closed form.
+
+    It takes the place of the logits, so it is computed after all else that reads them.
+    """
+    norm = jnp.where(jnp.isnan(losses), jnp.nan, at.norm)  # of no other value, but later
     weights = jnp.where(at.counted, jnp.where(at.known, weights, jnp.nan), 0)
+    return by_rows(
+        functools.partial(_slopes_of_rows, loss, at.vocabulary), at.values, norm, at.places, weights
+    )
+
+
+def _slopes_of_rows(
+    loss: Loss, vocabulary: int, values: Array, norm: Array, places: Array, weights: Array
+) -> Array:
+    out = jnp.exp(values - norm[:, None])
+    if loss.z_loss:
+        out *= (1 + 2 * loss.z_loss * norm)[:, None]
+    out = jnp.where(_hot(values, places), out - (1 - loss.label_smoothing), out)
+    if loss.label_smoothing:
+        out -= loss.label_smoothing / vocabulary
+    if loss.logit_soft_cap is not None:
+        out *= _slope_of_cap(loss.logit_soft_cap, values)
     return out * (loss.logit_scale * weights)[:, None]
 
 
@@ -224,7 +249,7 @@ def total_and_gradients(
         own = _folded(loss, number, rest)
         at = _logits(loss, hidden, labels, own)
         losses = _values(loss, at)
-        slopes = _slopes(loss, at, weights)
+        slopes = _slopes(loss, at, losses, weights)
 
         def product(hidden: Array, *chosen: Array) -> Array:
             leaves = list(own[loss.first - 3 :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType
 
-from flax_tied_lora._sharding import explicit, parts
+from flax_tied_lora._sharding import explicit, parts, split
 
 # Tokens of a chunk: a sixteenth of all, within these bounds in each lane. Fewer than 64 leave a
 # product too thin to be worth reading the table for; more than 1,024 gain nothing.
-SHARE, LEAST, MOST = 16, 64, 1024
+SHARE, LEAST, MOST = 16, 128, 1024
+
+# Rows of a chunk's logits whose gradient is computed at the same time, on the CPU.
+ROWS = 8
 
 
 def lanes_of(hidden: Array) -> int:
@@ -62,6 +66,8 @@ def by_chunks(
     length = tokens // lanes
     count = max(1, math.ceil(length / loss.chunk))
     size = math.ceil(length / count)
+    if size % ROWS and (whole := size + ROWS - size % ROWS) <= loss.chunk:
+        size = whole  # a number that can be split further
     if lanes == 1 and count == 1:
         if start is None:
             return step(0, *data)
@@ -70,7 +76,7 @@ def by_chunks(
     lead = () if lanes == 1 else (lanes,)
     at = len(lead)  # the axis of a lane's tokens
 
-    def split(x: Array, fill: Any) -> Array:
+    def chunks_of(x: Array, fill: Any) -> Array:
         rest = x.shape[1:]
         x = _on_lanes(x.reshape(*lead, length, *rest), data[0]) if lead else x
         padding = [(0, size * count - length if i == at else 0, 0) for i in range(x.ndim)]
@@ -83,7 +89,7 @@ def by_chunks(
         return lax.slice_in_dim(x, 0, length, axis=at).reshape(tokens, *rest)
 
     fills = (0, loss.ignore_index, 0)
-    chunks = [split(x, fill) for x, fill in zip(data, fills, strict=False)]
+    chunks = [chunks_of(x, fill) for x, fill in zip(data, fills, strict=False)]
     numbers = jnp.arange(count * lanes).reshape(count, *lead)
 
     def body(carry: Any, each: Any) -> Any:
@@ -101,6 +107,29 @@ def by_chunks(
     if start is None:
         return joined
     return joined, [jnp.sum(x, axis=0) for x in ends] if lead else ends
+
+
+def by_rows(function: Callable[..., Array], array: Array, *beside: Array) -> Array:
+    """Returns a function of an array's rows, [rows, columns], and of what is beside each of them.
+
+    The result has the array's memory, if nothing reads that later. XLA for the CPU does not see to
+    it where the array is a loop's; a loop over a few rows at a time does.
+    """
+    rows = array.shape[0]
+    size = next(n for n in range(min(rows, ROWS), 0, -1) if rows % n == 0)
+    if size == rows or split(array) is not None:
+        return function(array, *beside)
+
+    def in_place(array: Array, *beside: Array) -> Array:
+        def body(i: Any, array: Array) -> Array:
+            take = functools.partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
+            own = [take(x, i * size, size) for x in (array, *beside)]
+            put = lax.dynamic_update_slice_in_dim
+            return put(array, function(*own), i * size, 0, allow_negative_indices=False)
+
+        return lax.fori_loop(0, rows // size, body, array)
+
+    return lax.platform_dependent(array, *beside, cpu=in_place, default=function)
 
 
 def _on_lanes(x: Array, tokens: Array) -> Array:
