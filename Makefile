@@ -53,12 +53,15 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/step.py --layers 12
 	$(BIN)/python benchmarks/against_peft.py
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python benchmarks/against_peft.py
 	$(BIN)/python benchmarks/gemma_table.py
 	$(BIN)/python benchmarks/_report.py
 
 # What takes longer: training lengths, and losses on quantised bases.
 bench-long: $(VENV)/.bench
 	$(BIN)/python benchmarks/step.py --batch 8 --length 512
+	$(BIN)/python benchmarks/against_peft.py --batch 4 --length 256
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python benchmarks/against_peft.py --batch 4 --length 256
 	$(BIN)/python benchmarks/quantized.py --qtypes int8 nf4
 	$(BIN)/python benchmarks/_report.py
 

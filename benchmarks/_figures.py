@@ -38,15 +38,18 @@ class Target:
         return "yes" if self.aim is None else "yes, the aim too" if holds(self.aim) else "yes"
 
 
-MODELS = "(GPT-2 small|SmolLM2-135M)"
+MODELS = "(GPT-2 small|SmolLM2-135M)[^:]*"
+CPU = "(?!.*-(nvidia|amd)).*"
 GPU = "-(nvidia|amd).*"
 COMPILING = ".*compil.*adapted / plain.*"
 TARGETS = [
     Target("step", "tied / attention only", 1.05, 1.03),
     Target(f"step.*{GPU}", "tied / attention only", 1.03),
     Target("step", "densified / tied", 1.35, least=True),
-    Target("against_peft", f"{MODELS}: PEFT / ours", 1.15, 1.5, least=True),
-    Target("against_peft", f"{MODELS}: PEFT / ours, linear_cross_entropy", 1.25, 1.5, least=True),
+    Target(f"against_peft{CPU}", f"{MODELS}: PEFT / ours", 1.15, 1.5, least=True),
+    Target(
+        f"against_peft{CPU}", f"{MODELS}: PEFT / ours, linear_cross_entropy", 1.25, 1.5, least=True
+    ),
     Target(f"against_peft{GPU}", f"{MODELS}: PEFT / ours.*", 1.5, least=True),
     Target("linear_cross_entropy", "time / frozen, plain: tied, fused", 1.1),
     Target("linear_cross_entropy", "memory / frozen, plain: tied, fused", 0.1),

@@ -24,6 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "torch", "peft")
 MIB = 2**20
 CHUNKED = ("linear_cross_entropy", "fused")  # names of programs with a loop over chunks
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -98,13 +99,17 @@ def store(name: str, figures: Any) -> None:
     """Prints the figures and writes them to ``NAME.json`` with versions, command and device.
 
     The file is in the folder of the option ``--output``; of a device other than the CPU it is
-    called ``NAME-DEVICE.json``.
+    called ``NAME-DEVICE.json``, and with GLIBC_TUNABLES for huge pages ``NAME-huge-pages.json``.
     """
     device = jax.devices()[0]
+    tunables = os.environ.get("GLIBC_TUNABLES")
+    program = f"python benchmarks/{Path(sys.argv[0]).name}"
+    command = [*([f"GLIBC_TUNABLES={tunables}"] if tunables else []), program, *sys.argv[1:]]
+    name += "-huge-pages" if HUGE_PAGES in (tunables or "") else ""
     record = {
         "figures": figures,
         "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
+        "command": " ".join(command),
         "device": f"{device.device_kind} x {jax.device_count()}, {platform.machine()}",
         "cores": cores(),
         "peak MiB of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

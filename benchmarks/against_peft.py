@@ -4,12 +4,20 @@ GPT-2 small with random weights and SmolLM2-135M with its own, a low-rank delta 
 and on attention, AdamW on both sides. PEFT runs as its documentation has it, in eager PyTorch. With
 ``ensure_weight_tying=True`` its optimizer steps the memory of the tied factors twice; it is left
 as it is, so that only the first losses are equal.
+
+python benchmarks/against_peft.py                              2 x 128 tokens
+python benchmarks/against_peft.py --batch 4 --length 256
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/against_peft.py
+
+The last has huge pages for both: on the CPU each step of either asks the system for its temporary
+arrays anew, and every page of them is cleared when it is first written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -50,18 +58,19 @@ class Model:
     ties: Any = "auto"
 
 
-def gpt2(tiny: bool) -> Model:
+def gpt2(batch: int, length: int, tiny: bool) -> Model:
     small = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 256, "n_positions": 32}
     none = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "use_cache": False}
     config = transformers.GPT2Config(**none, **(small if tiny else {}))
     flax = transformers.FlaxGPT2LMHeadModel(config, _do_init=False)
     params = jax.jit(flax.init_weights, static_argnums=1)(jax.random.key(0), (1, 8))
-    rows = np.random.default_rng(0).integers(0, config.vocab_size, (2, 17 if tiny else 129))
+    rows = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length + 1))
     table = lambda params: params["transformer"]["wte"]["embedding"]  # noqa: E731
     return Model(flax, params, transformers.GPT2LMHeadModel, table, GPT2_TARGETS, rows)
 
 
-def smollm2_135m(tiny: bool) -> Model:
+def smollm2_135m(batch: int, length: int, tiny: bool) -> Model:
+    shape = batch, length + 1
     if tiny:
         config = transformers.LlamaConfig(
             vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -71,11 +80,11 @@ def smollm2_135m(tiny: bool) -> Model:
         params = jax.jit(flax.init_weights, static_argnums=1)(jax.random.key(0), (1, 8))
         head = params["lm_head"]["kernel"]
         params["lm_head"]["kernel"] = jax.ShapeDtypeStruct(head.shape, head.dtype)
-        rows = np.arange(2 * 17).reshape(2, 17)
+        rows = np.arange(math.prod(shape)).reshape(shape) % config.vocab_size
     else:
-        flax, params, tokenizer = smollm2.load(context=128)
-        text = corpus.documentation_text()[:4000]
-        rows = generation.encode(tokenizer, text)[: 2 * 129].reshape(2, 129)
+        flax, params, tokenizer = smollm2.load(context=length)
+        text = corpus.documentation_text()[: 16 * math.prod(shape)]
+        rows = generation.encode(tokenizer, text)[: math.prod(shape)].reshape(shape)
     flax.config.use_cache = False
     table = lambda params: params["model"]["embed_tokens"]["embedding"]  # noqa: E731
     cls, ties = transformers.LlamaForCausalLM, smollm2.TIES
@@ -162,7 +171,6 @@ def measured(m: Model, rounds: int) -> dict[str, Any]:
         case()
     seconds = _harness.interleaved(cases, rounds)
     return {
-        "tokens": f"{m.rows.shape[0]} x {m.rows.shape[1] - 1}",
         "first losses": first,
         "median seconds": _harness.medians(seconds),
         **_harness.costs({name: step.compiled for name, step in steps.items()}),
@@ -174,14 +182,25 @@ def main() -> None:
     made = {"gpt2": gpt2, "smollm2": smollm2_135m}
     parser = _harness.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=made, default=[*made])
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--length", type=int)
     args = parser.parse_args()
     if jax.default_backend() != "cpu":
         raise SystemExit("PyTorch's half runs on the CPU: set JAX_PLATFORMS=cpu for this one, too")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(_harness.cores())
-    figures = {TITLES[m]: measured(made[m](args.tiny), args.rounds) for m in args.models}
+    batch, length = args.batch or 2, args.length or (16 if args.tiny else 128)
+    figures = {
+        f"{TITLES[m]}, {batch} x {length} tokens": measured(
+            made[m](batch, length, args.tiny), args.rounds
+        )
+        for m in args.models
+    }
+    given = {f: getattr(args, f) for f in ("batch", "length") if getattr(args, f)}
+    suffix = "".join(f"-{field}{value}" for field, value in given.items())
     what = f"one training step, float32, rank {RANK}, tied table and attention, AdamW"
-    _harness.store("against_peft", {"what": what, "rounds": args.rounds, **figures})
+    record = {"what": what, "rounds": args.rounds, **figures}
+    _harness.store(f"against_peft{suffix}", record)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ PROGRAMS = sorted(f.stem for f in BENCHMARKS.glob("[a-z]*.py"))
 # What the slow ones run is in step.py, in the other model of against_peft, in tests/test_losses.
 SMALL = [
     "elsewhere --tiny", "step --rounds 2", "decoding --rounds 2",
-    "against_peft --rounds 2 --models gpt2",
+    "against_peft --rounds 2 --models gpt2 --batch 3",
     *(pytest.param(f"{p} --rounds 2", marks=pytest.mark.slow)
       for p in ("against_peft", "gemma_table", "linear_cross_entropy")),
 ]  # fmt: skip
@@ -137,6 +137,32 @@ def test_every_target_has_a_figure_on_the_cpu():
     assert missing <= {_figures.COMPILING}
 
 
+@pytest.mark.parametrize(
+    ("set_to", "name", "before"),
+    [(None, "new.json", ""),
+     ("glibc.malloc.check=3", "new.json", "GLIBC_TUNABLES=glibc.malloc.check=3 "),
+     (_harness.HUGE_PAGES, "new-huge-pages.json", f"GLIBC_TUNABLES={_harness.HUGE_PAGES} ")],
+)  # fmt: skip
+def test_a_result_says_what_its_memory_came_in(set_to, name, before, tmp_path, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if set_to:
+        monkeypatch.setenv("GLIBC_TUNABLES", set_to)
+    monkeypatch.setattr(sys, "argv", ["step.py", "--output", str(tmp_path)])
+    _harness.store("new", {"what": "nothing"})
+    (file,) = tmp_path.iterdir()
+    assert file.name == name
+    command = json.loads(file.read_text())["command"]
+    assert command == f"{before}python benchmarks/step.py --output {tmp_path}"
+
+
+def test_targets_on_the_cpu_leave_a_gpu_its_own():
+    ratios = {"ratios": {"PEFT / ours": spread(1, 1.3, 2)}}
+    files = ("against_peft", "against_peft-batch4-length256-huge-pages", "against_peft-nvidia-x")
+    results = {f: record(**{"SmolLM2-135M, 4 x 256 tokens": ratios}) for f in files}
+    limits = [(name, target.limit) for target, name, *_ in _figures.against_targets(results)]
+    assert limits == list(zip(files, (1.15, 1.15, 1.5), strict=True))
+
+
 @pytest.fixture
 def compiled_fast():
     before = jax.config.read("jax_disable_most_optimizations")
@@ -154,7 +180,8 @@ def test_a_program_runs(call, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", line.split())
     importlib.import_module(program).main()
     (file,) = tmp_path.iterdir()
-    assert file.name == f"{program}.json"
+    suffix = "-batch3" if "--batch 3" in options else ""
+    assert file.name == f"{program}{suffix}.json"
     found = json.loads(file.read_text())
     assert found["command"] == f"python benchmarks/{line}"
     assert found["figures"]["what"]
