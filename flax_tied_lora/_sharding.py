@@ -24,6 +24,18 @@ def split(array: Any) -> jax.NamedSharding | None:
     return sharding if sharding is not None and any(sharding.spec) else None
 
 
+def single(array: Any) -> bool:
+    """Returns whether no mesh axis that is part of an array's type may split it.
+
+    On Auto axes a type says the mesh, and not what is split.
+    """
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    if sharding is None:
+        return True
+    kinds = zip(sharding.mesh.shape.values(), sharding.mesh.axis_types, strict=True)
+    return all(n == 1 or kind == jax.sharding.AxisType.Manual for n, kind in kinds)
+
+
 def share_names(*arrays: Any) -> bool:
     """Returns whether a mesh axis splits more than one of some arrays, as part of their types."""
     specs = [() if (sharding := split(x)) is None else sharding.spec for x in arrays]

@@ -26,10 +26,10 @@ from flax_tied_lora._factor import (
 )
 from flax_tied_lora._quantized import Quantized
 from flax_tied_lora._rows import Rows
-from flax_tied_lora._rules import _wide, rule
+from flax_tied_lora._rules import _thin, _wide, rule
 from flax_tied_lora._sharding import explicit, placed_as, split, varying
 from flax_tied_lora._sites import LOOKUP, PROJECTION
-from flax_tied_lora._weight import LowRank, Term, Weight, add
+from flax_tied_lora._weight import Dense, LowRank, Term, Weight, add
 
 
 def serve(
@@ -134,7 +134,7 @@ def dot_general(context, eqn, lhs, rhs):
     )
     params = {k: eqn.params[k] for k in ("precision", "out_sharding")}
     accumulate = accumulator(eqn.outvars[0].aval.dtype)
-    if not isinstance(params["precision"], (type(None), tuple, lax.Precision)):
+    if not _thin.accumulates(params["precision"]):
         accumulate = eqn.outvars[0].aval.dtype  # a named algorithm says itself what it adds up in
 
     before = bool(scaled & set(summed))
@@ -183,8 +183,46 @@ def dot_general(context, eqn, lhs, rhs):
             # The transpose of a projection reads as a lookup: rows are summed over.
             _refuse_differentiated(context, term)
         terms = tuple(without_dropout(t) for t in terms)
+    if (scale is None or before) and not isinstance(x, Weight):
+        rows_summed = math.prod(weight.shape[i] for i in summed)
+        served = _together(context, eqn, weight, x, first, names, order, terms, rows_summed, read)
+        if served is not None:
+            return [served]
     after = None if scale is None or before else scale.spread(order, eqn.outvars[0].aval.shape)
     return [serve(context, eqn, weight, x, terms, dense, low_rank, read, after, rows, quantized)]
+
+
+def _together(
+    context: Any, eqn: Any, weight: Weight, x: Array, first: bool, names: Sequence[Axis],
+    order: Sequence[Axis], terms: Sequence[Term], rows: int, read: Any,
+) -> Array | None:  # fmt: skip
+    """Returns the product with an array and one delta, or None where there is something else."""
+    if len(terms) != 2 or not isinstance(terms[0], Dense) or not isinstance(terms[1], LowRank):
+        return None
+    array, term = terms[0].dense(weight.shape, weight.dtype), terms[1]
+    data = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
+    near, far = term.a, term.b
+    if not times_chain(Factor(data, tuple(names)), near, far, order):
+        near, far = far, near
+    form = _thin.Form(
+        tuple(names), near.axes, far.axes, tuple(order),
+        accumulator(eqn.outvars[0].aval.dtype), eqn.params["precision"],
+    )  # fmt: skip
+    columns = math.prod(far.size(a) for a in far.axes if a != RANK)
+    if columns >= _wide.WIDE * rows or not form.fits() or not _thin.accumulates(form.precision):
+        return None
+    if any(split(a) is not None for a in (data, array, near.array, far.array)):
+        return None
+    _refuse_differentiated(context, term)
+    data = dropped(term, data) if term.key is not None else data
+    cost = Cost()
+    form.cost(cost, data, near.array, far.array)
+    read(cost)
+    kept = ("dimension_numbers", "out_sharding", "precision")
+    return _thin.served(
+        form, tuple((k, eqn.params[k]) for k in kept), eqn.outvars[0].aval.dtype,
+        (array, x) if first else (x, array), data, near.array, far.array, term.scaling,
+    )  # fmt: skip
 
 
 def without_dropout(term: Term) -> Term:
@@ -268,26 +306,7 @@ def _first(
     return Factor(lax.convert_element_type(scaled, dtype), hidden.axes), far
 
 
-@_shared
-def _second(
-    hidden: Factor, far: Factor, order: tuple[Axis, ...], *,
-    accumulate: Any, precision: Any, out_sharding: Any,
-) -> Factor:  # fmt: skip
-    wanted = tuple(n for n in order if n in hidden.axes or n in far.axes)
-    pair = (far, hidden) if _product_axes(far, hidden, order) == wanted else (hidden, far)
-    full = out_sharding if _product_axes(*pair, order) == tuple(order) else None
-    return contract(
-        *pair, order,
-        accumulate=accumulate, precision=precision, out_sharding=full,
-    )  # fmt: skip
-
-
-def _product_axes(lhs: Factor, rhs: Factor, keep: Sequence[Axis]) -> tuple[Axis, ...]:
-    shared = [a for a in lhs.axes if a in rhs.axes]
-    return (
-        *(a for a in shared if a in keep),
-        *(a for a in (*lhs.axes, *rhs.axes) if a not in shared),
-    )
+_second = _shared(_thin.second)
 
 
 def between(
