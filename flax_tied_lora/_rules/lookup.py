@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from flax_tied_lora._factor import RANK, Cost, Factor, accumulator
 from flax_tied_lora._rules import rule
+from flax_tied_lora._sharding import single
 from flax_tied_lora._sites import LOOKUP
 from flax_tied_lora._weight import Dense, LowRank, Weight, add
 
@@ -96,7 +97,6 @@ def _pick(
     terms, read = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
     accumulate = accumulator(aval.dtype)
     cost, parts, low_rank = Cost(), [], False
-    order = range(aval.ndim)
     for term in terms:
         moved = term.rearrange(run, move)
         if isinstance(moved, Dense):
@@ -110,7 +110,7 @@ def _pick(
                 None,
                 moved.group,
             )
-            parts.append(cast.product(order, aval.shape, aval.dtype, cost))
+            parts.append(_product(cast, aval, cost))
         else:
             found = moved.dense(aval.shape, accumulate)
             parts.append(_filled(found, eqn, weight, indexed, move) if term.stored else found)
@@ -119,9 +119,25 @@ def _pick(
         return [lax.convert_element_type(parts[0], aval.dtype)]
     out = add([lax.convert_element_type(p, accumulate) for p in parts])
     if scale is not None:
-        out *= scale.astype(accumulate).spread(order, aval.shape)
+        out *= scale.astype(accumulate).spread(range(aval.ndim), aval.shape)
     read(cost)
     return [lax.convert_element_type(out, aval.dtype)]
+
+
+def _product(term: LowRank, aval: Any, cost: Cost) -> Array:
+    """Returns the delta of what was picked, [..., columns]; made with one axis of tokens if it can be.
+
+    XLA for the CPU copies what a factor's gradient is summed of over two; over one it does not.
+    """
+    count = aval.ndim - 1
+    picked, other = (term.a, term.b) if 0 in term.a.axes else (term.b, term.a)
+    alone = picked.axes == (*range(count), RANK) and {*other.axes} == {count, RANK}
+    if count < 2 or not alone or not single(picked.array):
+        return term.product(range(aval.ndim), aval.shape, aval.dtype, cost)
+    rows = Factor(picked.array.reshape(-1, picked.size(RANK)), (0, RANK))
+    flat = LowRank(rows, other.relabel(lambda _: 1), term.scaling, None, term.group)
+    shape = (rows.size(0), other.size(count))
+    return flat.product(range(2), shape, aval.dtype, cost).reshape(aval.shape)
 
 
 def _filled(array: Array, eqn: Any, weight: Weight, indexed: Sequence[int], move: Any) -> Array:
