@@ -25,15 +25,11 @@ def split(array: Any) -> jax.NamedSharding | None:
 
 
 def single(array: Any) -> bool:
-    """Returns whether no mesh axis that is part of an array's type may split it.
+    """Returns whether an array is in one part, as far as its type says.
 
     On Auto axes a type says the mesh, and not what is split.
     """
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    if sharding is None:
-        return True
-    kinds = zip(sharding.mesh.shape.values(), sharding.mesh.axis_types, strict=True)
-    return all(n == 1 or kind == jax.sharding.AxisType.Manual for n, kind in kinds)
+    return automatic_parts(array) == 1 and split(array) is None
 
 
 def share_names(*arrays: Any) -> bool:
@@ -71,6 +67,15 @@ def parts(mesh: Any, names: Any) -> int:
     """Returns in how many parts an axis is split: what a spec names for it is a name or several."""
     names = names if isinstance(names, tuple) else (names,)
     return math.prod(mesh.shape[n] for n in names if isinstance(n, str))
+
+
+def automatic_parts(array: Any) -> int:
+    """Returns in how many parts the compiler may have an array: of its type, Auto axes' devices."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    if sharding is None:
+        return 1
+    kinds = zip(sharding.mesh.shape.values(), sharding.mesh.axis_types, strict=True)
+    return math.prod(n for n, kind in kinds if kind == jax.sharding.AxisType.Auto)
 
 
 def varying(array: Any) -> frozenset[str]:

@@ -118,7 +118,9 @@ def put(stacked: Adapted, slot: Any, adapted: Adapted | None) -> Adapted:
         same_base("put", stacked, adapted)
     new = fitted("put", adapted, stacked.plan, stacked.params)
     new, old = jax.tree.map(with_slots, new, is_leaf=is_box), (stacked.adapters, stacked.scaling)
-    adapters, scaling = _placed(_written(old, new, slot), old)
+    # Each for itself: in one program with arrays of a mesh of several processes, scalings would be
+    # spread over it, and those are every process's own.
+    adapters, scaling = (_placed(_written(o, n, slot), o) for o, n in zip(old, new, strict=True))
     return dataclasses.replace(stacked, adapters=adapters, scaling=scaling)
 
 

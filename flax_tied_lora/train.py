@@ -25,6 +25,7 @@ from flax_tied_lora._plan import (
     GroupPlan,
     Plan,
 )
+from flax_tied_lora._start import in_place
 
 
 def value_and_grad(
@@ -34,6 +35,9 @@ def value_and_grad(
 
     Like `jax.value_and_grad`, but only ``adapted.adapters`` is differentiated: the frozen params
     are not. The gradient of a tied factor is the sum over all call sites of its group.
+
+    Outside of `jax.jit` a gradient is sharded like its factor; within, on Auto mesh axes, that has
+    to be asked for (docs/meshes.md).
 
     Args:
       loss_fn: called ``loss_fn(adapted, *args, **kwargs)``; returns a scalar.
@@ -69,7 +73,9 @@ def value_and_grad(
         def of_adapters(adapters: Any) -> Any:
             return loss_fn(adapted.replace(adapters=adapters), *args, **kwargs)
 
-        return jax.value_and_grad(of_adapters, has_aux=has_aux)(adapted.adapters)
+        value, grads = jax.value_and_grad(of_adapters, has_aux=has_aux)(adapted.adapters)
+        # A loss that was compiled gives them back as the compiler had them.
+        return value, jax.tree.map(in_place, adapted.adapters, grads)
 
     return run
 

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from flax import nnx
 
 import flax_tied_lora as tied_lora
+import flax_tied_lora.nnx
 from flax_tied_lora import arithmetic, checkpoint, names, peft
 from flax_tied_lora._checkpoint.fingerprint import fingerprint
 
@@ -140,6 +142,40 @@ def checks(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Callable[[], Any]
         found = arithmetic.extract(params, tied_lora.merge(adapted), CONFIG)
         return far(tied_lora.merge(found.adapted), tied_lora.merge(adapted))
 
+    def stacked() -> list[float]:
+        """Two adapters in three slots, one put in later: each slot is its adapter merged."""
+        other = adapted.replace(adapters=jax.tree.map(lambda x: x / 2, adapted.adapters))
+        slots = tied_lora.put(tied_lora.stack([adapted], capacity=3), 2, other)
+        factor = slots.adapters["lora"][TABLE]["lora_a"]
+        place = jax.NamedSharding(mesh, jax.P(None, "x"))
+        assert factor.sharding.is_equivalent_to(place, factor.ndim)
+        found = [run(tied_lora.select(slots, i), TOKENS) for i in (0, 2, -1)]
+        alone = [plain(p, TOKENS) for p in (*map(tied_lora.merge, (adapted, other)), params)]
+        each = jax.jit(tied_lora.per_example(tied_lora.adapt(model, on_dense="error")))
+        batch = each(tied_lora.select(slots, [2, -1]), TOKENS)
+        return [far(found, alone), far(batch, jnp.stack([alone[1][0], alone[2][1]]))]
+
+    def grown() -> list[float]:
+        """Old tokens' logits stay; new rows and factors have the places of the old."""
+        larger, vocabulary = tied_lora.grow_vocabulary(adapted, 18, pad_to_multiple_of=4)
+        factor = larger.adapters["lora"][TABLE]["lora_a"]
+        assert factor.sharding == adapted.adapters["lora"][TABLE]["lora_a"].sharding
+        table = larger.params["transformer"]["wte"]["embedding"]
+        assert table.sharding == params["transformer"]["wte"]["embedding"].sharding
+        logits = run(larger, TOKENS)
+        before, merged = run(adapted, TOKENS), plain(tied_lora.merge(larger), TOKENS)
+        assert (vocabulary.size, logits.shape[-1]) == (20, 20)
+        return [far(logits[..., :16], before), far(logits, merged)]
+
+    def gradients() -> float:
+        """Those of a compiled loss, outside of `jit`, where their factors are."""
+        _, grads = tied_lora.value_and_grad(jax.jit(lambda a: jnp.sum(jnp.sin(run(a, TOKENS)))))(
+            adapted
+        )
+        for x, y in zip(*map(jax.tree.leaves, (grads, adapted.adapters)), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        return float(optax.tree.norm(grads))
+
     own = {"mine": jnp.full(3, jax.process_index(), jnp.int32)}
     return {
         "devices": lambda: [jax.process_count(), jax.device_count()],
@@ -155,6 +191,10 @@ def checks(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Callable[[], Any]
         "quantized": lambda: far(
             run(tied_lora.quantize(adapted, "int8"), TOKENS), run(adapted, TOKENS)
         ),
+        "stacked": stacked,
+        "grown": grown,
+        "gradients": gradients,
+        "nnx": lambda: in_nnx(params_on(mesh)),
         "printed": lambda: str(adapted),
         "differs": lambda: raised(checkpoint.save, folder / "never", adapted, extra=own),
         "never": lambda: (folder / "never").exists(),
@@ -163,6 +203,44 @@ def checks(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Callable[[], Any]
         ),
         "state dict": lambda: raised(names.to_state_dict, params, NAMES),
     }
+
+
+class Module(nnx.Module):
+    """A tied table, for `in_nnx`."""
+
+    def __init__(self, table: jax.Array):
+        self.embed = nnx.Embed(*table.shape, rngs=nnx.Rngs(0), embedding_init=lambda *_: table)
+
+    def __call__(self, tokens: Any) -> jax.Array:
+        return self.embed.attend(jnp.tanh(self.embed(tokens)))
+
+
+def in_nnx(params: Any) -> list[float]:
+    """Returns the losses of steps of an adapted module, which `test_processes.py` has as well."""
+    module = Module(params["transformer"]["wte"]["embedding"])
+    config = tied_lora.LoraConfig(r=2, target_modules=["embed"])
+    start = trained(tied_lora.wrap(tied_lora.nnx.params(module), config))
+    model = tied_lora.nnx.from_adapted(module, start)
+    optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.LoRAParam)
+    places = jax.tree.map(lambda x: x.sharding, nnx.state(model, nnx.LoRAParam))
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> jax.Array:
+        trainable = nnx.DiffState(0, nnx.LoRAParam)
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean(m(TOKENS) ** 2), argnums=trainable)(
+            model
+        )
+        optimizer.update(model, jax.lax.with_sharding_constraint(grads, places))
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(3)]
+    merged = tied_lora.nnx.merge(model)
+    called = nnx.jit(lambda module: module(TOKENS))
+    assert far(called(model), called(merged)) < 1e-4
+    for x, place in zip(*map(jax.tree.leaves, (nnx.state(model, nnx.LoRAParam), places)),
+                        strict=True):  # fmt: skip
+        assert x.sharding.is_equivalent_to(place, x.ndim)
+    return losses
 
 
 def die_saving(folder: Path, mesh: jax.sharding.Mesh) -> None:

@@ -59,9 +59,9 @@ def params(layout: str, on: jax.sharding.Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, gpt2_shape.params(SHAPE))
 
 
-def tokens(on: jax.sharding.Mesh) -> Any:
+def tokens(on: jax.sharding.Mesh, batch: int = SHAPE.batch) -> Any:
     sharding = jax.NamedSharding(on, P("data"))
-    return jax.ShapeDtypeStruct((SHAPE.batch, SHAPE.length), jnp.int32, sharding=sharding)
+    return jax.ShapeDtypeStruct((batch, SHAPE.length), jnp.int32, sharding=sharding)
 
 
 def plain_logits(p: Any, tokens: Any) -> jax.Array:

@@ -22,7 +22,9 @@ FACTORS, HIDDEN = 4 * RANK * (V + D), 4 * RANK * SHAPE.batch * SHAPE.length
 OF_FACTORS, OF_HIDDEN = 4, 10
 
 
-def step(layout: str, loss: Any, targets: list[str], on_dense: Any = "error") -> Any:
+def step(
+    layout: str, loss: Any, targets: list[str], on_dense: Any = "error", batch: int = SHAPE.batch
+) -> Any:
     """Returns a compiled value and gradients, sharded as what they belong to is.
 
     The position embeddings are trained in any case, so that gradients go back to the table's rows.
@@ -39,7 +41,7 @@ def step(layout: str, loss: Any, targets: list[str], on_dense: Any = "error") ->
 
     shardings = jax.tree.map(lambda x: x.sharding, adapted.adapters)
     run = jax.jit(jax.value_and_grad(of), out_shardings=(None, shardings))
-    return run.lower(adapted.adapters, adapted, meshes.tokens(mesh)).compile()
+    return run.lower(adapted.adapters, adapted, meshes.tokens(mesh, batch)).compile()
 
 
 def forward(layout: str, loss: Any, adapted: bool) -> Any:
@@ -70,6 +72,21 @@ def test_a_training_step_exchanges_factors_and_nothing_of_the_tables_size(layout
     new = added(ours, theirs)
     assert not too_large(new)
     assert moved(ours) - moved(theirs) <= OF_FACTORS * FACTORS + OF_HIDDEN * HIDDEN, new
+
+
+@pytest.mark.parametrize("loss", meshes.LOSSES)
+def test_where_the_table_is_gathered_so_is_its_factor(loss):
+    """FSDP, more tokens than rows of the table: nothing of the size of hidden states or logits."""
+    batch, run = 240, meshes.LOSSES[loss]
+    theirs, ours = (step("FSDP", run, targets, batch=batch) for targets in ([], ["wte"]))
+    gathers = [
+        [c for c in collectives(x) if c.kind == "all-gather" and {*c.shape} == {V, D}]
+        for x in (theirs, ours)
+    ]
+    assert gathers[0] == gathers[1] != []
+    new, hidden = added(ours, theirs), 4 * RANK * batch * SHAPE.length
+    assert not [c for c in new if c.size > RANK * V]
+    assert moved(ours) - moved(theirs) <= 5 * FACTORS + 4 * hidden, new
 
 
 @pytest.mark.parametrize("layout", meshes.LAYOUTS)
@@ -120,3 +137,48 @@ ENTRY %main (p: f32[4]) -> f32[4] {
     assert moved(text) == 3 * (2 * 128 + 32) + 32 + 2 * 20 + 2 * 16 + 24
     with pytest.raises(ValueError, match="loop of unknown length"):
         collectives(text.replace("known_trip_count", "trips"))
+
+
+def test_what_the_parser_reads_of_a_tpus_programs():
+    """Loops of the partitioner's own, collectives in pieces, groups by the axes of a mesh."""
+    text = """
+%round (p: (f32[4], u32[], u32[])) -> (f32[4], u32[], u32[]) {
+  %i = u32[] get-tuple-element(%p), index=1
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two), metadata={}
+  %g = f32[8]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (f32[4], u32[], u32[]) tuple(%g, %next, /*index=2*/%two)
+}
+%less (p: (f32[4], u32[], u32[])) -> pred[] {
+  %last = u32[] constant(7), metadata={}
+  %j = u32[]{:T(128)} get-tuple-element(%p), index=1, metadata={}
+  ROOT %c = pred[] compare(%j, %last), direction=LT, metadata={}
+}
+%first (p: f32[4]) -> (f32[4], f32[32]) {
+  %a = f32[32]{0} all-gather(%p), replica_groups=mesh['a'=2,'b'=4] {'b'}, frontend_attributes={chain_id="0"}
+  ROOT %s = (f32[4], f32[32]) custom-call(%a), custom_call_target="AsyncCollectiveStart"
+}
+%last_piece (p: f32[4]) -> f32[32] {
+  %b = f32[32]{0} all-gather(%p), replica_groups=mesh['a'=2,'b'=4] {'b'}, frontend_attributes={chain_id="0"}
+  ROOT %d = f32[32]{0} custom-call(%b), custom_call_target="AsyncCollectiveDone"
+}
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %one = u32[] constant(1)
+  %start = u32[]{:T(128)} copy(%one)
+  %t.1 = (f32[4], u32[], u32[]) tuple(%p, %start, /*index=2*/%one)
+  %w = (f32[4], u32[], u32[]) while(%t.1), condition=%less, body=%round, metadata={}
+  %f = (f32[4], f32[32]) fusion(%p), kind=kCustom, calls=%first
+  %h = f32[32]{0} fusion(%p), kind=kCustom, calls=%last_piece
+  %r = f32[3]{0} reduce-scatter(%p), replica_groups=mesh['a'=2,'b'=4] {'a','b'}, to_apply=%sum
+  %n = f32[7]{0} all-reduce(%p), replica_groups=mesh['a'=1,'b'=8] {'a'}, to_apply=%sum
+}
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %e = f32[] add(%a, %b)
+}
+"""  # noqa: E501
+    assert collectives(text) == [
+        Collective("collective-permute", "f32", (8,), 3), Collective("all-gather", "f32", (32,)),
+        Collective("reduce-scatter", "f32", (8, 3)),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="loop of unknown length"):
+        collectives(text.replace("direction=LT", "direction=NE"))

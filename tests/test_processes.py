@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import flax_tied_lora as tied_lora
@@ -102,6 +103,25 @@ def test_equal_values_are_found(found):
 )
 def test_other_operations(found, name, most):
     assert found[0][name] < most
+
+
+@pytest.mark.parametrize("name", ["stacked", "grown"])
+def test_stacks_and_grown_tables(found, name):
+    assert max(found[0][name]) < 2e-5
+
+
+def test_gradients_are_where_their_factors_are(found, expected):
+    run = tied_lora.adapt(program.model, on_dense="error")
+    _, grads = jax.jit(
+        tied_lora.value_and_grad(lambda a: jax.numpy.sum(jax.numpy.sin(run(a, program.TOKENS))))
+    )(expected)
+    np.testing.assert_allclose(found[0]["gradients"], optax.tree.norm(grads), rtol=1e-5)
+
+
+def test_training_through_nnx(found):
+    losses = program.in_nnx(program.params_on(None))
+    np.testing.assert_allclose(found[0]["nnx"], losses, rtol=1e-5)
+    assert losses[-1] < losses[0]
 
 
 def test_an_adapted_is_printed(found, expected):

@@ -107,6 +107,57 @@ def test_a_mesh_gives_the_single_device_result(kind, layout, expected):
         assert grads[name].sharding.is_equivalent_to(factor.sharding, 2) or kind is AxisType.Auto
 
 
+def same_places(tree: Any, other: Any) -> bool:
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    return all(x.sharding.is_equivalent_to(y.sharding, y.ndim) for x, y in pairs)
+
+
+@pytest.fixture(scope="module", params=["by vocabulary", "by width"])
+def on_auto_axes(request) -> Any:
+    """An `Adapted`, its loss and tokens; left alone, XLA places some of the gradients otherwise."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    adapted = perturbed(tied_lora.wrap(placed(params(), mesh, LAYOUTS[request.param]), CONFIG))
+    apply = tied_lora.adapt(auto_model, on_dense="error")
+    tokens = jax.device_put(jnp.arange(8) * 3, jax.NamedSharding(mesh, jax.P("y")))
+    return adapted, lambda a, t: jnp.sum(jnp.sin(apply(a, t))), tokens
+
+
+def test_gradients_outside_of_jit_are_where_their_factors_are(on_auto_axes, expected):
+    adapted, loss, tokens = on_auto_axes
+    _, grads = tied_lora.value_and_grad(jax.jit(loss))(adapted, tokens)
+    assert same_places(grads, adapted.adapters)
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, grads), jax.tree.map(np.asarray, expected[1][1]), rtol=2e-5,
+        atol=2e-4,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_training_step_on_auto_axes_leaves_arrays_where_they_are(on_auto_axes, expected):
+    """With gradients constrained to their factors' shardings, the state's and results' follow."""
+    adapted, loss, tokens = on_auto_axes
+    optimizer, own = optax.adam(1e-2), jax.tree.map(lambda x: x.sharding, adapted.adapters)
+
+    @jax.jit
+    def step(adapters: Any, state: Any, frozen: Any, tokens: Any) -> Any:
+        replaced = frozen.replace(adapters=adapters)
+        value, grads = tied_lora.value_and_grad(loss)(replaced, tokens)
+        grads = jax.lax.with_sharding_constraint(grads, own)
+        updates, state = optimizer.update(grads, state, adapters)
+        return optax.apply_updates(adapters, updates), state, value
+
+    state: Any = optimizer.init(adapted.adapters)
+    assert same_places(state[0].mu, adapted.adapters)
+    adapters, (moments, *_), value = step(adapted.adapters, state, adapted, tokens)
+    assert all(same_places(x, adapted.adapters) for x in (adapters, moments.mu, moments.nu))
+    np.testing.assert_allclose(value, expected[1][0], rtol=2e-5)
+    # Adam's first step goes by the gradients' signs; its first moment is a tenth of them.
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, moments.mu),
+        jax.tree.map(lambda x: np.asarray(x) / 10, expected[1][1]), rtol=2e-5, atol=2e-5,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_an_adapter_for_each_example_on_a_mesh(kind):

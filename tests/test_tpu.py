@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from tests import tpu_programs
-from tests.gpt2_shape import Shape
+from tests.collectives import collectives, moved
+from tests.gpt2_shape import RANK, Shape
 from tests.tpu_programs import SMALL, fused_loss, plain_loss, step, temporary
 
 pytestmark = [pytest.mark.tpu, pytest.mark.timeout(3600)]
@@ -113,18 +114,34 @@ def fsdp(path: Any, x: Any) -> Any:
     return tpu_programs.on_eight(*("chips" if i == longest else None for i in range(x.ndim)))
 
 
-@pytest.mark.parametrize("loss", [plain_loss, fused_loss], ids=["logits", "without logits"])
-@pytest.mark.parametrize("place", [by_vocabulary, by_width, fsdp])
+def moving(place: Any, loss: Any, targets: tuple[str, ...]) -> Any:
+    """Returns a step on eight chips; positions are trained, so that gradients go to the rows."""
+    return step("ours", "bfloat16", SPLIT, loss, targets, ("wpe",), place)
+
+
+IN_FLOAT32 = pytest.mark.xfail(
+    reason="chips sum parts of logits in float32, of a model without an adapter in bfloat16",
+    strict=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("place", "loss"),
+    [
+        pytest.param(place, loss, marks=[IN_FLOAT32] * ((place, loss) == (by_width, plain_loss)))
+        for place in (by_vocabulary, by_width, fsdp)
+        for loss in (plain_loss, fused_loss)
+    ],
+)
 def test_chips_exchange_nothing_of_the_tables_size_for_an_adapter(place, loss):
-    theirs, ours = (
-        tpu_programs.exchanged(step("ours", "bfloat16", SPLIT, loss, targets, place))
-        for targets in (("c_attn",), ("c_attn", "wte"))
-    )
+    theirs, ours = (moving(place, loss, t) for t in (("c_attn",), ("c_attn", "wte")))
     table = SPLIT.vocabulary * SPLIT.width
-    assert ours, "the pattern finds no collective"
-    assert sum(n >= table / 8 for n in ours) <= sum(n >= table / 8 for n in theirs)
-    if place is not fsdp:  # theirs has no backward pass down to the table: no fair sum
-        assert sum(ours) <= sum(theirs) + 4 * 8 * (SPLIT.vocabulary + SPLIT.width)
+    large = [[c for c in collectives(x) if c.size >= table / 8] for x in (theirs, ours)]
+    assert collectives(theirs), "the parser finds no collective"
+    assert len(large[1]) <= len(large[0])
+    # The bound of `test_collectives.py`.
+    factors, hidden = SPLIT.vocabulary + SPLIT.width, SPLIT.batch * SPLIT.length
+    assert moved(ours) - moved(theirs) <= 4 * RANK * (4 * factors + 10 * hidden)
 
 
 def test_a_collective_of_the_tables_size_would_be_found():
@@ -132,5 +149,5 @@ def test_a_collective_of_the_tables_size_would_be_found():
     place = tpu_programs.on_eight("chips", None)
     table = jax.ShapeDtypeStruct((SPLIT.vocabulary, SPLIT.width), "bfloat16", sharding=place)
     whole = jax.jit(lambda x: x * 2, out_shardings=tpu_programs.on_eight())
-    found = tpu_programs.exchanged(whole.lower(table).compile())
-    assert max(found) == SPLIT.vocabulary * SPLIT.width
+    found = collectives(whole.lower(table).compile())
+    assert [c.shape for c in found] == [(SPLIT.vocabulary, SPLIT.width)]

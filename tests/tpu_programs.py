@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +19,6 @@ from tests.gpt2_shape import Shape
 
 TARGETS = ("wte", "c_attn")
 SMALL = Shape()
-COLLECTIVES = "(?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?"
 Place = Callable[[tuple[Any, ...], jax.ShapeDtypeStruct], Any]
 
 
@@ -75,7 +72,7 @@ def fused_loss(p: Any, tokens: jax.Array, s: Shape) -> jax.Array:
 @functools.cache
 def step(
     kind: str, dtype: str, shape: Shape = SMALL, loss: Any = plain_loss,
-    targets: tuple[str, ...] = TARGETS, place: Place = on_one_chip,
+    targets: tuple[str, ...] = TARGETS, copied: tuple[str, ...] = (), place: Place = on_one_chip,
 ) -> Any:  # fmt: skip
     """Returns a compiled training step with AdamW.
 
@@ -83,13 +80,15 @@ def step(
       kind: "ours", the adapted function; "by hand", the deltas written into the model;
         "densified", the model with the deltas added to its weights.
       dtype: of the frozen params; factors are float32.
+      copied: what is trained whole.
       place: the sharding of a leaf, of its path and type.
     """
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), gpt2_shape.params(shape))
     params = placed(params, place)
     config = tied_lora.LoraConfig(
-        r=gpt2_shape.RANK, lora_alpha=2 * gpt2_shape.RANK, target_modules=list(targets)
-    )
+        r=gpt2_shape.RANK, lora_alpha=2 * gpt2_shape.RANK, target_modules=list(targets),
+        modules_to_save=list(copied) or None,
+    )  # fmt: skip
     whole = tied_lora.wrap(params, config)
     apply = tied_lora.adapt(loss, on_dense="error")
     frozen, adapters = whole, whole.adapters
@@ -122,17 +121,3 @@ def flops(program: Any) -> float:
 def temporary(program: Any) -> int:
     """Returns bytes of a chip's memory that hold what is neither an argument nor a result."""
     return program.memory_analysis().temp_size_in_bytes
-
-
-def exchanged(program: Any) -> list[int]:
-    """Returns the number of entries of each array that a program's collectives give a chip."""
-    calls = re.findall(rf"= (.*?) (?:{COLLECTIVES})\(", program.as_text())
-    return [
-        # What a started collective returns holds its operand, too, and no larger one.
-        max(map(entries, re.findall(r"\w\[([\d,]*)\]", call)))
-        for call in calls
-    ]
-
-
-def entries(dims: str) -> int:
-    return math.prod(map(int, filter(None, dims.split(","))))

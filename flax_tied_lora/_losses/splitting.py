@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType
 
-from flax_tied_lora._sharding import explicit, parts, split
+from flax_tied_lora._sharding import automatic_parts, explicit, parts, single
 
-# Tokens of a chunk: a sixteenth of all, within these bounds in each lane. Fewer than 64 leave a
-# product too thin to be worth reading the table for; more than 1,024 gain nothing.
+# Tokens of a chunk: a sixteenth of all, within these bounds in each lane. Fewer than 128 leave
+# products too thin to be worth reading the table for; more than 1,024 gain nothing.
 SHARE, LEAST, MOST = 16, 128, 1024
 
 # Rows of a chunk's logits whose gradient is computed at the same time, on the CPU.
@@ -32,14 +31,11 @@ def lanes_of(hidden: Array) -> int:
       hidden: [..., width].
     """
     aval = jax.typeof(hidden)
-    sharding = getattr(aval, "sharding", None)
-    if sharding is None or hidden.ndim < 2 or not hidden.size:
+    if hidden.ndim < 2 or not hidden.size:
         return 1
-    mesh = sharding.mesh
-    if explicit(aval) is not None:
-        return parts(mesh, sharding.spec[0])
-    kinds = zip(mesh.shape.values(), mesh.axis_types, strict=True)
-    return math.gcd(math.prod(n for n, kind in kinds if kind == AxisType.Auto), hidden.shape[0])
+    if (sharding := explicit(aval)) is not None:
+        return parts(sharding.mesh, sharding.spec[0])
+    return math.gcd(automatic_parts(hidden), hidden.shape[0])
 
 
 def chunk_of(tokens: int, lanes: int) -> int:
@@ -117,7 +113,7 @@ def by_rows(function: Callable[..., Array], array: Array, *beside: Array) -> Arr
     """
     rows = array.shape[0]
     size = next(n for n in range(min(rows, ROWS), 0, -1) if rows % n == 0)
-    if size == rows or split(array) is not None:
+    if size == rows or not single(array):
         return function(array, *beside)
 
     def in_place(array: Array, *beside: Array) -> Array:

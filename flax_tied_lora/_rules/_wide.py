@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flax_tied_lora._factor import RANK, Axis, Factor, contract
-from flax_tied_lora._sharding import split
+from flax_tied_lora._sharding import single, split
 
 # A projection is wide from so many columns for each row on. Vocabularies are 40 to 170 times a
 # model's width, the kernels of its layers 8 times at most.
@@ -73,11 +73,14 @@ def added(form: Form, base: Array, hidden: Array, far: Array) -> Array:
     Measured, not guessed (docs/rules.md): on the CPU XLA fuses no product with an addition, and a
     loop that adds a part at a time is fastest; on TPU terms of rank one, if they are few and tokens
     many, become part of the product that made ``base``. Derivatives are plain products.
+
+    On a mesh there is no loop: which operand goes to the other is decided by their sizes, for a few
+    of the tokens otherwise than for the product that made ``base``, and logits would be exchanged.
     """
     rank = hidden.shape[form.hidden.index(RANK)]
     few = rank <= RANK_ONE and hidden.size >= MANY * rank
     default = rank_one if few else product_added
-    cpu = by_parts if form.flat else product_added
+    cpu = by_parts if form.flat and single(base) else product_added
     cpu, default = functools.partial(cpu, form), functools.partial(default, form)
     return lax.platform_dependent(base, hidden, far, cpu=cpu, default=default)
 
@@ -170,11 +173,7 @@ def rank_one(form: Form, base: Array, hidden: Array, far: Array) -> Array:
 
 
 def by_parts(form: Form, base: Array, hidden: Array, far: Array) -> Array:
-    """Returns the sum by products of a part of the tokens each, in place.
-
-    A part is every n-th token of an axis, so that where that axis is sharded each device has some
-    of each part.
-    """
+    """Returns the sum by products of a part of the tokens each, in place."""
     *tokens, rank = hidden.shape
     axis = max(range(len(tokens)), key=lambda i: (tokens[i], i))
     length = tokens[axis]

@@ -125,7 +125,7 @@ def _pick(
 
 
 def _product(term: LowRank, aval: Any, cost: Cost) -> Array:
-    """Returns the delta of what was picked, [..., columns]; made with one axis of tokens if it can be.
+    """Returns the delta of what was picked, [..., columns], over one axis of tokens if it can be.
 
     XLA for the CPU copies what a factor's gradient is summed of over two; over one it does not.
     """
