@@ -85,6 +85,8 @@ def test_any_batch_shape(shape):
                 lambda h, y, a=ours, b=theirs: (a(h, labels=y), b(h, labels=y)), hidden, labels
             )
         )
+    capped = functools.partial(linear_cross_entropy, labels=labels, table=TABLE, logit_soft_cap=5)
+    assert jax.grad(capped)(hidden).shape == hidden.shape
 
 
 def test_where_no_token_counts_the_mean_and_its_gradient_are_zero():

@@ -112,7 +112,7 @@ def by_rows(function: Callable[..., Array], array: Array, *beside: Array) -> Arr
     it where the array is a loop's; a loop over a few rows at a time does.
     """
     rows = array.shape[0]
-    size = next(n for n in range(min(rows, ROWS), 0, -1) if rows % n == 0)
+    size = next((n for n in range(min(rows, ROWS), 0, -1) if rows % n == 0), rows)
     if size == rows or not single(array):
         return function(array, *beside)
 
