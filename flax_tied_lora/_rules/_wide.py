@@ -175,10 +175,10 @@ def rank_one(form: Form, base: Array, hidden: Array, far: Array) -> Array:
 def by_parts(form: Form, base: Array, hidden: Array, far: Array) -> Array:
     """Returns the sum by products of a part of the tokens each, in place."""
     *tokens, rank = hidden.shape
-    axis = max(range(len(tokens)), key=lambda i: (tokens[i], i))
-    length = tokens[axis]
+    length = max(tokens, default=1)
     if length < FEW:
         return product_added(form, base, hidden, far)
+    axis = max(i for i, n in enumerate(tokens) if n == length)
     least = max(PARTS, length // ALONG)
     parts = next(n for n in range(least, length + 1) if length % n == 0)
     split = (*tokens[:axis], length // parts, parts, *tokens[axis + 1 :])

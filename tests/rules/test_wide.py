@@ -34,7 +34,7 @@ def operands(rank: int = 3, tokens: tuple[int, ...] = (4, 6)) -> Any:
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-@pytest.mark.parametrize("tokens", [(4, 6), (23,), (2, 3, 4), (2,)], ids=str)
+@pytest.mark.parametrize("tokens", [(4, 6), (23,), (2, 3, 4), (2,), ()], ids=str)
 @pytest.mark.parametrize("first", [False, True], ids=["far by columns", "far by rank"])
 def test_every_form_is_the_product(form, tokens, first):
     how, base, hidden, far = operands(tokens=tokens)
