@@ -82,7 +82,7 @@ class Form:
         tokens = [a for a in self.data if isinstance(a, str)]
         count, at = len(tokens), self.order.index(tokens[0]) if tokens else 0
         together = self.data[:count] == tuple(tokens) == self.order[at : at + count]
-        if not together or sum(n > 1 for n in data.shape[:count]) < 2 or not single(data):
+        if not together or sum(n != 1 for n in data.shape[:count]) < 2 or not single(data):
             return self, data
         merged = dataclasses.replace(
             self,
@@ -134,9 +134,13 @@ def _added_jvp(form: Form, primals: Any, tangents: Any) -> Any:
         None if near_dot is None else form.first(data, near_dot),
         None if data_dot is None else form.first(data_dot.reshape(data.shape), near),
     )
+    if far_dot is not None:
+        # Not by the scaling in the factor's dtype: rounded, it would be off alike in each entry.
+        scaled = lax.convert_element_type(far_dot, form.accumulate) * scaling
+        far_dot = lax.convert_element_type(scaled, far.dtype)
     product_dot = _sum(
         None if hidden_dot is None else form.second(hidden_dot * scaling, far),
-        None if far_dot is None else form.second(hidden, far_dot * scaling.astype(far.dtype)),
+        None if far_dot is None else form.second(hidden, far_dot),
         None if scaling_dot is None else product * scaling_dot,
     )
     out = base + (product * scaling).reshape(shape)
