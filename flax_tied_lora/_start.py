@@ -65,9 +65,10 @@ def start_from_weights(
 
 def in_place(old: Any, array: jax.Array) -> Any:
     """Returns an array boxed and placed as the one that it comes in the place of."""
-    sharding = getattr(unboxed(old), "sharding", None)
-    if isinstance(sharding, jax.NamedSharding) and not is_tracer(array):
-        array = jax.device_put(array, sharding)
+    if not is_tracer(array):  # a tracer takes long to say that it is placed nowhere
+        sharding = getattr(unboxed(old), "sharding", None)
+        if isinstance(sharding, jax.NamedSharding):
+            array = jax.device_put(array, sharding)
     return old.replace_boxed(array) if hasattr(old, "replace_boxed") else array
 
 

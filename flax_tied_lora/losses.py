@@ -14,7 +14,7 @@ from flax_tied_lora._factor import accumulator
 from flax_tied_lora._losses.checks import WHO, check_arrays, check_beside, check_options
 from flax_tied_lora._losses.chunked import Loss, per_token
 from flax_tied_lora._losses.primitive import bind
-from flax_tied_lora._losses.splitting import chunk_of, lanes_of
+from flax_tied_lora._losses.splitting import FEW_CHUNKS, chunk_of, lanes_of
 from flax_tied_lora._quantized import frozen
 from flax_tied_lora._quantized_array import is_quantized
 from flax_tied_lora._weight import Origin, Weight
@@ -100,10 +100,12 @@ def linear_cross_entropy(
         operands.append(bias)
     leaves, structure = jax.tree.flatten(_weight(table) if is_quantized(table) else table)
     tokens, lanes = math.prod(shape), lanes_of(hidden)
+    chunk = -(-chunk_size // lanes) if chunk_size else chunk_of(tokens, lanes)
     loss = Loss(
         vocab_axis=vocab_axis,
         lanes=lanes,
-        chunk=-(-chunk_size // lanes) if chunk_size else chunk_of(tokens, lanes),
+        chunk=chunk,
+        sparing=chunk * lanes >= tokens / FEW_CHUNKS,
         table=structure,
         bias=bias is not None,
         ignore_index=int(ignore_index),

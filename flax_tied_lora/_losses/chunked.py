@@ -30,6 +30,8 @@ class Loss:
       vocab_axis: axis of the table that the vocabulary lies along.
       lanes: in how many runs tokens are taken, each of which a device may have of its own.
       chunk: tokens of each lane that have logits at the same time.
+      sparing: whether a chunk is so large a part of all tokens that its gradient is to have the
+        memory of its logits, at the price of time.
       table: structure of the table's operands: an array's, or a symbolic weight's.
       bias: whether there is one, as the operand before the table's.
       axis_name: mesh axis that the vocabulary is split over, inside a `jax.shard_map`; or None.
@@ -38,6 +40,7 @@ class Loss:
     vocab_axis: int
     lanes: int
     chunk: int
+    sparing: bool
     table: Any
     bias: bool
     ignore_index: int
@@ -52,6 +55,15 @@ class Loss:
     def first(self) -> int:
         """The place of the table's first operand, after hidden, labels, weights and bias."""
         return 4 if self.bias else 3
+
+    def by_rows(self, function: Callable[..., Array], logits: Array, *beside: Array) -> Array:
+        """Returns a function of the rows of logits, in their memory where that is to be spared.
+
+        A plain table's logits are no loop's, so that XLA sees to it by itself.
+        """
+        if not self.sparing or self.table.num_leaves == 1:
+            return function(logits, *beside)
+        return by_rows(function, logits, *beside)
 
     def in_one_lane(self) -> Loss:
         """Returns the loss with chunks as large as those of all lanes."""
@@ -117,7 +129,7 @@ def _logits(loss: Loss, hidden: Array, labels: Array, rest: Sequence[Array]) -> 
     if loss.logit_scale != 1.0:
         values *= loss.logit_scale
     if loss.logit_soft_cap is not None:
-        values = _capped(loss.logit_soft_cap, values)
+        values = _capped(loss, values)
     name = loss.axis_name
     over = (lambda x: x) if name is None else functools.partial(lax.psum, axis_name=name)
     largest = jnp.max(lax.stop_gradient(values), axis=-1)
@@ -137,19 +149,21 @@ def _logits(loss: Loss, hidden: Array, labels: Array, rest: Sequence[Array]) -> 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _capped(cap: float, values: Array) -> Array:
+def _capped(loss: Loss, values: Array) -> Array:
     """Returns soft-capped logits, in the memory of the others."""
-    return by_rows(lambda x: cap * jnp.tanh(x / cap), values)
+    assert loss.logit_soft_cap is not None
+    cap = loss.logit_soft_cap
+    return loss.by_rows(lambda x: cap * jnp.tanh(x / cap), values)
 
 
 @_capped.defjvp
-def _capped_jvp(cap: float, primals: Any, tangents: Any) -> Any:
-    out = _capped(cap, *primals)
-    return out, _slope_of_cap(cap, out) * tangents[0]
+def _capped_jvp(loss: Loss, primals: Any, tangents: Any) -> Any:
+    out = _capped(loss, *primals)
+    return out, _slope_of_cap(loss, out) * tangents[0]
 
 
-def _slope_of_cap(cap: float, capped: Array) -> Array:
-    return 1 - jnp.square(capped / cap)
+def _slope_of_cap(loss: Loss, capped: Array) -> Array:
+    return 1 - jnp.square(capped / loss.logit_soft_cap)
 
 
 def _hot(values: Array, places: Array) -> Array:
@@ -187,7 +201,7 @@ def _slopes(loss: Loss, at: _Logits, losses: Array, weights: Array) -> Array:
     """
     norm = jnp.where(jnp.isnan(losses), jnp.nan, at.norm)  # of no other value, but later
     weights = jnp.where(at.counted, jnp.where(at.known, weights, jnp.nan), 0)
-    return by_rows(
+    return loss.by_rows(
         functools.partial(_slopes_of_rows, loss, at.vocabulary), at.values, norm, at.places, weights
     )
 
@@ -202,7 +216,7 @@ def _slopes_of_rows(
     if loss.label_smoothing:
         out -= loss.label_smoothing / vocabulary
     if loss.logit_soft_cap is not None:
-        out *= _slope_of_cap(loss.logit_soft_cap, values)
+        out *= _slope_of_cap(loss, values)
     return out * (loss.logit_scale * weights)[:, None]
 
 

@@ -17,8 +17,9 @@ from flax_tied_lora._sharding import automatic_parts, explicit, parts, single
 # products too thin to be worth reading the table for; more than 1,024 gain nothing.
 SHARE, LEAST, MOST = 16, 128, 1024
 
-# Rows of a chunk's logits whose gradient is computed at the same time, on the CPU.
-ROWS = 8
+# Rows of a chunk's logits whose gradient is computed at the same time, on the CPU, and of how many
+# chunks: of more, a chunk's memory is little beside all that the logits would take.
+ROWS, FEW_CHUNKS = 8, 4
 
 
 def lanes_of(hidden: Array) -> int:

@@ -74,8 +74,8 @@ def added(form: Form, base: Array, hidden: Array, far: Array) -> Array:
     loop that adds a part at a time is fastest; on TPU terms of rank one, if they are few and tokens
     many, become part of the product that made ``base``. Derivatives are plain products.
 
-    On a mesh there is no loop: which operand goes to the other is decided by their sizes, for a few
-    of the tokens otherwise than for the product that made ``base``, and logits would be exchanged.
+    On a mesh there is no loop: XLA decides by size which operand to exchange, and for a part of the
+    tokens it would choose the logits.
     """
     rank = hidden.shape[form.hidden.index(RANK)]
     few = rank <= RANK_ONE and hidden.size >= MANY * rank
