@@ -163,6 +163,7 @@ def _capped_jvp(loss: Loss, primals: Any, tangents: Any) -> Any:
 
 
 def _slope_of_cap(loss: Loss, capped: Array) -> Array:
+    assert loss.logit_soft_cap is not None
     return 1 - jnp.square(capped / loss.logit_soft_cap)
 
 
