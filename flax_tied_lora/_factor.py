@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -139,15 +139,10 @@ def contract(
       out_sharding: of the result; derived from the operands where the mesh has Explicit axes.
       cost: what the product costs is added to it, if there is one.
     """
-    shared = [a for a in lhs.axes if a in rhs.axes]
     kept = set(keep)
-    batch = [a for a in shared if a in kept]
-    summed = [a for a in shared if a not in kept]
-    axes = (
-        *batch,
-        *(a for a in lhs.axes if a not in shared),
-        *(a for a in rhs.axes if a not in shared),
-    )
+    axes = product_axes(lhs.axes, rhs.axes, kept)
+    batch = [a for a in lhs.axes if a in rhs.axes and a in kept]
+    summed = [a for a in lhs.axes if a in rhs.axes and a not in kept]
 
     def where(names: list[Axis]) -> tuple[list[int], list[int]]:
         return [lhs.axes.index(a) for a in names], [rhs.axes.index(a) for a in names]
@@ -160,6 +155,17 @@ def contract(
     if cost is not None:
         cost.add_product(out, lhs, rhs, array.dtype)
     return out
+
+
+def product_axes(
+    lhs: Sequence[Axis], rhs: Sequence[Axis], keep: Collection[Axis]
+) -> tuple[Axis, ...]:
+    """Returns the axes of what `contract` returns."""
+    shared = [a for a in lhs if a in rhs]
+    return (
+        *(a for a in shared if a in keep),
+        *(a for a in (*lhs, *rhs) if a not in shared),
+    )
 
 
 def _explicit_sharding(axes: Sequence[Axis], *factors: Factor) -> Any:

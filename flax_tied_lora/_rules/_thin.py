@@ -15,7 +15,7 @@ import jax
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from flax_tied_lora._factor import RANK, Axis, Cost, Factor, contract
+from flax_tied_lora._factor import RANK, Axis, Cost, Factor, contract, product_axes
 from flax_tied_lora._sharding import single, vary, varying
 
 _TOKENS = "tokens"
@@ -157,11 +157,6 @@ def _sum(*arrays: Array | None) -> Array | None:
     return functools.reduce(lax.add, there) if there else None
 
 
-def accumulates(precision: Any) -> bool:
-    """Returns whether what is accumulated in is left open: a named algorithm says it itself."""
-    return isinstance(precision, (type(None), tuple, lax.Precision))
-
-
 def second(
     hidden: Factor, far: Factor, order: Sequence[Axis], *,
     accumulate: Any, precision: Any, out_sharding: Any = None,
@@ -172,14 +167,3 @@ def second(
     lhs, rhs = (far, hidden) if turned else (hidden, far)
     full = out_sharding if product_axes(lhs.axes, rhs.axes, order) == tuple(order) else None
     return contract(lhs, rhs, order, accumulate=accumulate, precision=precision, out_sharding=full)
-
-
-def product_axes(
-    lhs: Sequence[Axis], rhs: Sequence[Axis], keep: Sequence[Axis]
-) -> tuple[Axis, ...]:
-    """Returns the axes of a product of two factors, as `contract` orders them."""
-    shared = [a for a in lhs if a in rhs]
-    return (
-        *(a for a in shared if a in keep),
-        *(a for a in (*lhs, *rhs) if a not in shared),
-    )

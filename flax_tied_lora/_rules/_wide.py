@@ -31,11 +31,15 @@ RANK_ONE, MANY = 16, 1024
 FEW, PARTS, ALONG = 12, 8, 8
 
 
+def is_wide(far: Factor, rows: int) -> bool:
+    """Returns whether a factor has many more columns than the weight that it is of has rows."""
+    return math.prod(far.size(a) for a in far.axes if a != RANK) >= WIDE * rows
+
+
 def fits(hidden: Factor, far: Factor, order: Sequence[Axis], rows: int) -> bool:
     """Returns whether the product of two factors is a wide one, of a weight with so many rows."""
-    columns = math.prod(far.size(a) for a in far.axes if a != RANK)
     own = [a for f in (hidden, far) for a in f.axes if a != RANK]
-    if columns < WIDE * rows or sorted(map(str, own)) != sorted(map(str, order)):
+    if not is_wide(far, rows) or sorted(map(str, own)) != sorted(map(str, order)):
         return False
     return split(hidden.array) is None and split(far.array) is None
 

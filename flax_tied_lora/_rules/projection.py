@@ -134,7 +134,7 @@ def dot_general(context, eqn, lhs, rhs):
     )
     params = {k: eqn.params[k] for k in ("precision", "out_sharding")}
     accumulate = accumulator(eqn.outvars[0].aval.dtype)
-    if not _thin.accumulates(params["precision"]):
+    if not isinstance(params["precision"], (type(None), tuple, lax.Precision)):
         accumulate = eqn.outvars[0].aval.dtype  # a named algorithm says itself what it adds up in
 
     before = bool(scaled & set(summed))
@@ -184,8 +184,10 @@ def dot_general(context, eqn, lhs, rhs):
             _refuse_differentiated(context, term)
         terms = tuple(without_dropout(t) for t in terms)
     if (scale is None or before) and not isinstance(x, Weight):
-        rows_summed = math.prod(weight.shape[i] for i in summed)
-        served = _together(context, eqn, weight, x, first, names, order, terms, rows_summed, read)
+        height = math.prod(weight.shape[i] for i in summed)
+        served = _together(
+            context, eqn, weight, x, first, names, order, terms, height, accumulate, read
+        )
         if served is not None:
             return [served]
     after = None if scale is None or before else scale.spread(order, eqn.outvars[0].aval.shape)
@@ -194,26 +196,24 @@ def dot_general(context, eqn, lhs, rhs):
 
 def _together(
     context: Any, eqn: Any, weight: Weight, x: Array, first: bool, names: Sequence[Axis],
-    order: Sequence[Axis], terms: Sequence[Term], rows: int, read: Any,
+    order: Sequence[Axis], terms: Sequence[Term], rows: int, accumulate: Any, read: Any,
 ) -> Array | None:  # fmt: skip
     """Returns the product with an array and one delta, or None where there is something else."""
     if len(terms) != 2 or not isinstance(terms[0], Dense) or not isinstance(terms[1], LowRank):
         return None
-    array, term = terms[0].dense(weight.shape, weight.dtype), terms[1]
-    data = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
-    near, far = term.a, term.b
-    if not times_chain(Factor(data, tuple(names)), near, far, order):
+    term, near, far = terms[1], terms[1].a, terms[1].b
+    if not times_chain(Factor(x, tuple(names)), near, far, order):
         near, far = far, near
     form = _thin.Form(
-        tuple(names), near.axes, far.axes, tuple(order),
-        accumulator(eqn.outvars[0].aval.dtype), eqn.params["precision"],
-    )  # fmt: skip
-    columns = math.prod(far.size(a) for a in far.axes if a != RANK)
-    if columns >= _wide.WIDE * rows or not form.fits() or not _thin.accumulates(form.precision):
+        tuple(names), near.axes, far.axes, tuple(order), accumulate, eqn.params["precision"]
+    )
+    if _wide.is_wide(far, rows) or not form.fits():
         return None
-    if any(split(a) is not None for a in (data, array, near.array, far.array)):
+    array = terms[0].dense(weight.shape, weight.dtype)
+    if any(split(a) is not None for a in (x, array, near.array, far.array)):
         return None
     _refuse_differentiated(context, term)
+    data = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
     data = dropped(term, data) if term.key is not None else data
     cost = Cost()
     form.cost(cost, data, near.array, far.array)
@@ -284,8 +284,8 @@ def last(
     return out
 
 
-# A model's layers are served by the same two products: traced and linearised once for all of them,
-# which is half of what adapting adds to tracing a gradient. Inlined, so the program is as without.
+# What `_together` does not serve, as layers over a quantised base: the two products are traced and
+# linearised once for all of them, as its one function is. Inlined, so the program is as without.
 _shared = functools.partial(
     jax.jit, static_argnames=("order", "accumulate", "precision", "out_sharding"), inline=True
 )
