@@ -213,6 +213,15 @@ def test_the_gradient_of_logits_has_their_memory(options):
     assert large - small <= 1.1 * (512 - 256) * 8192 * 4
 
 
+def test_chunks_are_of_a_number_that_can_be_split_further():
+    """127 tokens would be taken one by one in the loops over their logits."""
+    traced = str(jax.make_jaxpr(jax.grad(linear_cross_entropy))(
+        array(2 * 127, 8), array(40, 8), numbers(2 * 127, below=40)
+    ))  # fmt: skip
+    assert "f32[128,40]" in traced
+    assert "f32[127,40]" not in traced
+
+
 def test_evaluation_forms_no_gradients():
     args = (array(64, 32), array(512, 32), numbers(64, below=512))
     value, gradient = (

@@ -9,6 +9,7 @@ import pytest
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import checkpoint
+from flax_tied_lora._start import in_place
 from tests.oracle import check, perturbed
 from tests.small_models import LAYERS, TOKENS, StackedLM, TiedLM, init
 
@@ -202,3 +203,14 @@ def test_an_orthogonal_checkpoint_goes_onto_the_base(tmp_path):
     checkpoint.save(tmp_path / "a", trained)
     restored = checkpoint.restore(tmp_path / "a", PARAMS).adapted
     jax.tree.map(np.testing.assert_array_equal, restored, trained)
+
+
+def test_a_traced_array_is_not_asked_for_a_place():
+    """JAX looks through the whole trace to say that there is none: of each gradient."""
+
+    class Asked:
+        @property
+        def sharding(self):
+            raise AssertionError("asked")
+
+    assert jax.jit(lambda x: in_place(Asked(), x))(1.0) == 1.0

@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 import flax_tied_lora as tied_lora
+from tests.compiling import as_shipped
 from tests.oracle import array, check, numbers, only, wrapped
 
 TABLE = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"])
@@ -155,3 +156,18 @@ def test_indices_from_the_weight_itself():
     assert {r.site.operation: r.served for r in explained.reads} == {
         "argmax": "dense", "gather": "low rank",
     }  # fmt: skip
+
+
+def test_a_factors_gradient_copies_no_tokens():
+    """Summed over two axes of tokens it would: their gradient, transposed."""
+    rows, columns, tokens = 40, 20, (3, 8)
+    adapted = wrapped({"embed": array(rows, columns)}, ["embed"])
+
+    def loss(params, ids, x):
+        return jnp.sum(jnp.sin(params["embed"][ids] + x))
+
+    step = tied_lora.value_and_grad(tied_lora.adapt(loss, on_dense="error"))
+    args = adapted, numbers(*tokens, below=rows), array(*tokens, columns)
+    text = as_shipped(jax.jit(step).lower(*args)).as_text()
+    assert "f32[24,20]" in text
+    assert "f32[20,24]" not in text

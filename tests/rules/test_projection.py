@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+import flax_tied_lora as tied_lora
 from tests.oracle import array, check, labelled, only, wrapped
 
 TABLE = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"])
@@ -190,3 +191,28 @@ def test_cheaper_order():
     wide = wrapped({"dense": {"kernel": array(64, 96, seed=1)}}, ["dense"], r=4)
     (read,) = check(lambda p, x: x @ p["dense"]["kernel"], wide, array(5, 64, seed=2)).reads
     assert read.flops == 2 * 5 * 4 * (64 + 96)
+
+
+def by_algorithm(name):
+    precision = lax.DotAlgorithmPreset[name]
+    return lambda p, x: lax.dot_general(
+        x, p["dense"]["kernel"], (((1,), (0,)), ((), ())), precision=precision
+    )
+
+
+@pytest.mark.parametrize("name", ["F32_F32_F32", "BF16_BF16_F32"])
+def test_a_named_algorithm(name):
+    dtype = jnp.float32 if name.startswith("F32") else jnp.bfloat16
+    adapted = labelled((8, 12), (0,), (1,), dtype=dtype)
+    only(check(by_algorithm(name), adapted, array(3, 8, dtype=dtype)), "projection")
+
+
+def test_a_named_algorithm_says_what_it_accumulates_in():
+    """For a TPU: the CPU has none that accumulates in bfloat16."""
+    adapted = labelled((8, 12), (0,), (1,), dtype=jnp.bfloat16)
+    x = array(3, 8, dtype=jnp.bfloat16)
+    traced = jax.jit(tied_lora.adapt(by_algorithm("BF16_BF16_BF16"))).trace(adapted, x)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all(line.rstrip().endswith("bf16>") for line in products)
