@@ -104,6 +104,7 @@ class _Logits:
 
     Attributes:
       values: after scale and cap, [chunk, vocabulary].
+      largest: of each token's, [chunk].
       norm: log of the sum of their exponentials, [chunk].
       places: of the tokens' labels in this shard of the vocabulary, or outside of it.
       counted: which tokens count: not those whose label is ignored.
@@ -113,6 +114,7 @@ class _Logits:
     """
 
     values: Array
+    largest: Array
     norm: Array
     places: Array
     counted: Array
@@ -137,15 +139,19 @@ def _logits(loss: Loss, hidden: Array, labels: Array, rest: Sequence[Array]) -> 
     if name is not None:
         largest = lax.pmax(largest, name)
         size, start = here * lax.axis_size(name), here * lax.axis_index(name)
-    norm = jnp.log(over(jnp.sum(jnp.exp(values - largest[:, None]), axis=-1))) + largest
+    norm = jnp.log(over(jnp.sum(_exponentials(values, largest), axis=-1))) + largest
     places = labels - start
     return _Logits(
-        values, norm,
+        values, largest, norm,
         places=places,
         counted=labels != loss.ignore_index,
         known=(labels >= 0) & (labels < size),
         vocabulary=size, over=over,
     )  # fmt: skip
+
+
+def _exponentials(values: Array, shift: Array) -> Array:
+    return jnp.exp(values - shift[:, None])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -202,17 +208,22 @@ def _slopes(loss: Loss, at: _Logits, losses: Array, weights: Array) -> Array:
     """
     norm = jnp.where(jnp.isnan(losses), jnp.nan, at.norm)  # of no other value, but later
     weights = jnp.where(at.counted, jnp.where(at.known, weights, jnp.nan), 0)
+    # Those of the sum, computed once for both, unless that takes memory which is to be spared.
+    again = loss.sparing or loss.logit_soft_cap is not None
     return loss.by_rows(
-        functools.partial(_slopes_of_rows, loss, at.vocabulary), at.values, norm, at.places, weights
-    )
+        functools.partial(_slopes_of_rows, loss, at.vocabulary),
+        at.values, norm if again else at.largest, norm, at.places, weights,
+    )  # fmt: skip
 
 
 def _slopes_of_rows(
-    loss: Loss, vocabulary: int, values: Array, norm: Array, places: Array, weights: Array
-) -> Array:
-    out = jnp.exp(values - norm[:, None])
+    loss: Loss, vocabulary: int, values: Array, shift: Array, norm: Array, places: Array,
+    weights: Array,
+) -> Array:  # fmt: skip
+    scale = jnp.exp(shift - norm)
     if loss.z_loss:
-        out *= (1 + 2 * loss.z_loss * norm)[:, None]
+        scale *= 1 + 2 * loss.z_loss * norm
+    out = _exponentials(values, shift) * scale[:, None]
     out = jnp.where(_hot(values, places), out - (1 - loss.label_smoothing), out)
     if loss.label_smoothing:
         out -= loss.label_smoothing / vocabulary

@@ -28,7 +28,7 @@ RANK_ONE, MANY = 16, 1024
 
 # On the CPU: a product of so few tokens is small. A larger one is made of so many parts at least,
 # or of so many that each has so many of the axis that is split.
-FEW, PARTS, ALONG = 12, 8, 8
+FEW, PARTS, ALONG = 12, 8, 16
 
 
 def is_wide(far: Factor, rows: int) -> bool:
@@ -188,15 +188,16 @@ def by_parts(form: Form, base: Array, hidden: Array, far: Array) -> Array:
     split = (*tokens[:axis], length // parts, parts, *tokens[axis + 1 :])
     shape, base, hidden = base.shape, base.reshape(*split, -1), hidden.reshape(*split, rank)
     far = _ranks_first(form, far).reshape(rank, -1)
-    summed = ((len(tokens),), (0,))
+    summed = (((len(tokens) + 1,), (0,)), ((), ()))
 
-    # Without what it takes to allow a negative index.
+    # Without what it takes to allow a negative index. An axis that is dropped would be in the way
+    # of fusing what is read with what is written in its place.
     place = {"axis": axis + 1, "allow_negative_indices": False}
 
     def body(i: Any, base: Array) -> Array:
-        own = lax.dynamic_index_in_dim(hidden, i, keepdims=False, **place)
-        own = lax.dot_general(own, far, (summed, ((), ())), form.precision, base.dtype)
-        own += lax.dynamic_index_in_dim(base, i, keepdims=False, **place)
+        own = lax.dynamic_index_in_dim(hidden, i, **place)
+        own = lax.dot_general(own, far, summed, form.precision, base.dtype)
+        own += lax.dynamic_index_in_dim(base, i, **place)
         return lax.dynamic_update_index_in_dim(base, own, i, **place)
 
     return lax.fori_loop(0, parts, body, base).reshape(shape)
