@@ -31,13 +31,18 @@ _Cls = TypeVar("_Cls", bound=type)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
-def pytree(*static: str) -> Callable[[_Cls], _Cls]:
-    """Makes a class a frozen dataclass and a pytree, the fields named being static."""
+def pytree(*static: str, dropped: Sequence[str] = ()) -> Callable[[_Cls], _Cls]:
+    """Makes a class a frozen dataclass and a pytree.
+
+    Args:
+      static: names of its static fields.
+      dropped: names of fields that are no part of the pytree: rebuilt, it has their defaults.
+    """
 
     def decorate(cls: _Cls) -> _Cls:
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        data = [f.name for f in dataclasses.fields(cls) if f.name not in static]
-        return jax.tree_util.register_dataclass(cls, data, list(static))
+        data = [f.name for f in dataclasses.fields(cls) if f.name not in {*static, *dropped}]
+        return jax.tree_util.register_dataclass(cls, data, list(static), list(dropped))
 
     return decorate
 

@@ -92,7 +92,7 @@ class Term(abc.ABC):
         return self
 
 
-@pytree("group", "sites")
+@pytree("group", "sites", dropped=["turned"])
 class Dense(Term):
     """An array of the weight's shape. Operations on it are those of the unadapted model.
 
@@ -101,6 +101,7 @@ class Dense(Term):
       group: key of the adapter that it is a trainable copy of; "" for the frozen one.
       sites: the call sites that it is for; None for all. Those of the frozen array and of its
         copies never overlap.
+      turned: the matrix of which the array is the transpose, where that is known: as it is stored.
     """
 
     whole: ClassVar[bool] = True
@@ -108,16 +109,18 @@ class Dense(Term):
     array: Array
     group: str = ""
     sites: SiteFilter | None = None
+    turned: Array | None = None
 
     def rearrange(self, run, move):
-        return dataclasses.replace(self, array=run(self.array))
+        return dataclasses.replace(self, array=run(self.array), turned=None)
 
     def dense(self, shape, dtype):
         return lax.convert_element_type(self.array, dtype)
 
     def times(self, scale):
         axes = tuple(range(self.array.ndim))
-        return dataclasses.replace(self, array=Factor(self.array, axes).times(scale).array)
+        array = Factor(self.array, axes).times(scale).array
+        return dataclasses.replace(self, array=array, turned=None)
 
 
 @pytree("group", "sites", "dropout")

@@ -179,11 +179,18 @@ def _member(
         filters = tuple(t.sites for t in copies if t.sites is not None)
         own = [frozen(array, SiteFilter(others=filters) if filters else None), *own]
     if member.transposed:
-        own = [t.rearrange(_turned, _turned_factor) for t in own]
+        own = [_turned_term(t) for t in own]
         scale = None if scale is None else _turned_factor(scale)
     shape = array.shape[::-1] if member.transposed else array.shape
     axes = tuple((i,) for i in range(array.ndim))
     return Weight(tuple(own), scale, shape, array.dtype, (Origin(member.path, axes),))
+
+
+def _turned_term(term: Term) -> Term:
+    moved = term.rearrange(_turned, _turned_factor)
+    if isinstance(term, Dense) and isinstance(moved, Dense):
+        return dataclasses.replace(moved, turned=term.array)
+    return moved
 
 
 def _turned(array: jax.Array) -> jax.Array:

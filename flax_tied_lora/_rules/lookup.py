@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from flax_tied_lora._factor import RANK, Cost, Factor, accumulator
 from flax_tied_lora._rules import rule
-from flax_tied_lora._sharding import single
+from flax_tied_lora._sharding import single, split
 from flax_tied_lora._sites import LOOKUP
 from flax_tied_lora._weight import Dense, LowRank, Weight, add
 
@@ -98,6 +98,12 @@ def _pick(
     accumulate = accumulator(aval.dtype)
     cost, parts, low_rank = Cost(), [], False
     for term in terms:
+        if isinstance(term, Dense) and term.turned is not None and split(term.turned) is None:
+            # From where it is stored: its transpose may be a copy of the whole of it.
+            stored = move(Factor(lax.convert_element_type(term.turned, weight.dtype), (1, 0)))
+            found = stored.spread(range(aval.ndim), aval.shape)
+            parts.append(_filled(found, eqn, weight, indexed, move))
+            continue
         moved = term.rearrange(run, move)
         if isinstance(moved, Dense):
             parts.append(moved.array)

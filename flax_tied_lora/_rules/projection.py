@@ -37,6 +37,7 @@ def serve(
     dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Cost, Any], Any],
     read: Any, scale: Array | None = None, rows: Callable[[Rows, Any, Cost], Any] | None = None,
     quantized: Callable[[Quantized, Array], Array] | None = None,
+    turned: Callable[[Array], Array] | None = None,
 ) -> Array:  # fmt: skip
     """Returns the sum over terms of a product with data, cast once to the equation's dtype.
 
@@ -48,6 +49,8 @@ def serve(
       rows: returns a function that adds the product with replaced rows to a result; None where
         there is none.
       quantized: the product with a weight that is stored quantised; None where there is none.
+      turned: the product with a matrix of which the weight is the transpose; None where there is
+        none.
     """
     aval, accumulate = eqn.outvars[0].aval, accumulator(eqn.outvars[0].aval.dtype)
     cost, parts, adders, wide = Cost(), [], [], False
@@ -73,6 +76,9 @@ def serve(
             with contextlib.suppress(MixedAxesError):
                 parts.append(quantized(term, plain))
                 continue
+        if isinstance(term, Dense) and term.turned is not None and turned is not None:
+            parts.append(turned(lax.convert_element_type(term.turned, weight.dtype)))
+            continue
         if not term.whole:
             context.added_up(eqn.primitive.name, weight, [term])
         parts.append(dense(term.dense(weight.shape, weight.dtype)))
@@ -141,16 +147,21 @@ def dot_general(context, eqn, lhs, rhs):
     if scale is not None and before:
         x = _scaled(x, names, scale, operation_dtype(x.dtype, weight.dtype))
 
-    def dense(array: Array) -> Array:
+    def dense(array: Array, numbers: Any = eqn.params["dimension_numbers"]) -> Array:
         if isinstance(x, Weight):
             operands = [array, x] if first else [x, array]
             return context.apply(eqn, operands)[0]
         pair = (array, x) if first else (x, array)
         alone = len(terms) == 1 and (scale is None or before)
         kind = eqn.params["preferred_element_type"] if alone else accumulate
-        return lax.dot_general(
-            *pair, eqn.params["dimension_numbers"], **params, preferred_element_type=kind
-        )
+        return lax.dot_general(*pair, numbers, **params, preferred_element_type=kind)
+
+    def turned(matrix: Array) -> Array:
+        # XLA for the CPU copies a transpose that a vector is multiplied with, of a whole table
+        # where the loop is a program's.
+        axes = tuple(1 - i for i in summed)
+        pair = (axes, contracting[1]) if first else (contracting[0], axes)
+        return dense(matrix, (pair, ((), ())))
 
     def low_rank(term: LowRank, data: Any, cost: Cost, sharding: Any) -> Any:
         options = {"accumulate": accumulate, "precision": params["precision"]}
@@ -191,7 +202,12 @@ def dot_general(context, eqn, lhs, rhs):
         if served is not None:
             return [served]
     after = None if scale is None or before else scale.spread(order, eqn.outvars[0].aval.shape)
-    return [serve(context, eqn, weight, x, terms, dense, low_rank, read, after, rows, quantized)]
+    as_stored = turned if len(summed) == 1 and not batch and not isinstance(x, Weight) else None
+    return [
+        serve(
+            context, eqn, weight, x, terms, dense, low_rank, read, after, rows, quantized, as_stored
+        )
+    ]
 
 
 def _together(
@@ -200,6 +216,8 @@ def _together(
 ) -> Array | None:  # fmt: skip
     """Returns the product with an array and one delta, or None where there is something else."""
     if len(terms) != 2 or not isinstance(terms[0], Dense) or not isinstance(terms[1], LowRank):
+        return None
+    if terms[0].turned is not None:
         return None
     term, near, far = terms[1], terms[1].a, terms[1].b
     if not times_chain(Factor(x, tuple(names)), near, far, order):
