@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -171,13 +172,17 @@ def test_transformations_of_jax():
         assert_same(ours, theirs, 5e-5)
 
 
-def _stated(function: Any, *args: Any) -> tuple[int, float]:
-    program = as_shipped(jax.jit(function).lower(*args))
+def _stated(program: Any) -> tuple[int, float]:
     return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"]
 
 
 def _stated_of_step(loss: Any, tokens: int, **options: Any) -> tuple[int, float]:
-    """Memory and arithmetic of a loss and its gradients by hidden states and factors."""
+    """Memory and arithmetic of a step."""
+    return _stated(_step(loss, tokens, **options))
+
+
+def _step(loss: Any, tokens: int, **options: Any) -> Any:
+    """Returns a compiled loss with its gradients by hidden states and factors."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     params = {"embed": {"embedding": shape((8192, 64))}}
     adapted = tied_lora.wrap(params, tied_lora.LoraConfig(r=8, target_modules=["embed"]))
@@ -191,7 +196,8 @@ def _stated_of_step(loss: Any, tokens: int, **options: Any) -> tuple[int, float]
 
         return jax.value_and_grad(of, (0, 1))(adapted.adapters, h)
 
-    return _stated(step, adapted, shape((tokens, 64)), jax.ShapeDtypeStruct((tokens,), jnp.int32))
+    labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    return as_shipped(jax.jit(step).lower(adapted, shape((tokens, 64)), labels))
 
 
 def test_memory_and_arithmetic_of_a_training_step():
@@ -213,6 +219,17 @@ def test_the_gradient_of_logits_has_their_memory(options):
     assert large - small <= 1.1 * (512 - 256) * 8192 * 4
 
 
+@pytest.mark.parametrize(
+    ("tokens", "options", "times"),
+    [(2048, {}, 1), (2048, {"logit_soft_cap": 5.0}, 2), (256, {}, 2)],
+    ids=["plain", "capped", "few tokens"],
+)
+def test_exponentials_of_a_chunk_are_computed_once(tokens, options, times):
+    """Twice where an array of them is more memory: beside capped logits, or of few tokens."""
+    text = _step(linear_cross_entropy, tokens, **options).as_text()
+    assert len(re.findall(r"= f32\[\d+,8192\]\S* exponential\(", text)) == times
+
+
 def test_chunks_are_of_a_number_that_can_be_split_further():
     """127 tokens would be taken one by one in the loops over their logits."""
     traced = str(jax.make_jaxpr(jax.grad(linear_cross_entropy))(
@@ -225,7 +242,8 @@ def test_chunks_are_of_a_number_that_can_be_split_further():
 def test_evaluation_forms_no_gradients():
     args = (array(64, 32), array(512, 32), numbers(64, below=512))
     value, gradient = (
-        _stated(f, *args)[1] for f in (linear_cross_entropy, jax.grad(linear_cross_entropy))
+        _stated(as_shipped(jax.jit(f).lower(*args)))[1]
+        for f in (linear_cross_entropy, jax.grad(linear_cross_entropy))
     )
     product = 2 * 64 * 32 * 512
     assert product <= value < 1.5 * product

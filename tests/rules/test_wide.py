@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -154,3 +155,17 @@ def test_a_loop_of_parts_makes_no_second_array():
 
     assert temporary(_wide.by_parts) <= 0.3 * base.nbytes
     assert temporary(_wide.product_added) >= base.nbytes
+
+
+def test_a_part_is_read_where_it_is_written():
+    """A product, and one operation that adds it in place: no copy of the part before it."""
+    how, base, hidden, far = operands(tokens=(8, 64))
+    program = jax.jit(functools.partial(_wide.by_parts, how), donate_argnums=0)
+    text = as_shipped(program.lower(base, hidden, far)).as_text()
+    (body,) = re.findall(r"body=%([\w.-]+)", text)
+    lines = text.partition(f"%{body} (")[2].partition("\n}")[0].splitlines()
+    made = [
+        x for x in lines if re.search(rf"= f32\[[\d,]*{VOCABULARY}\]\S* (?!get-tuple|bitcast)", x)
+    ]
+    assert len(made) == 2, made
+    assert "dynamic-update-slice" in made[-1]
