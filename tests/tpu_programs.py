@@ -62,11 +62,12 @@ def plain_loss(p: Any, tokens: jax.Array, s: Shape, deltas: Any = None) -> jax.A
     return wide(gpt2_shape.forward(p, tokens, s, deltas), tokens)
 
 
-def fused_loss(p: Any, tokens: jax.Array, s: Shape) -> jax.Array:
+def fused_loss(p: Any, tokens: jax.Array, s: Shape, chunk: int | None = None) -> jax.Array:
     """The loss without logits; the last position's label is one that does not count."""
     hidden = gpt2_shape.hidden_states(p, tokens, s)
     labels = jnp.concatenate([tokens[:, 1:], jnp.full_like(tokens[:, :1], -100)], 1)
-    return tied_lora.losses.linear_cross_entropy(hidden, p["wte"]["embedding"], labels)
+    table = p["wte"]["embedding"]
+    return tied_lora.losses.linear_cross_entropy(hidden, table, labels, chunk_size=chunk)
 
 
 @functools.cache
