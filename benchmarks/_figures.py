@@ -55,13 +55,18 @@ TARGETS = [
     Target("linear_cross_entropy", "memory / frozen, plain: tied, fused", 0.1),
     Target("tracing", "(?!.*compil).*adapted / plain.*", 1.5),
     Target("tracing", COMPILING, 1.15),
-    Target("decoding", "unmerged / merged", 1.05),
+    Target("decoding", "unmerged / merged.*", 1.05),
 ]
 
 
 def stored(folder: Path) -> dict[str, dict[str, Any]]:
     """Returns name -> record, of every JSON file in a folder."""
     return {f.stem: json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))}
+
+
+def stored_elsewhere(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns the same of each folder in it: of other processors, or other peers."""
+    return {f.name: stored(f) for f in sorted(folder.iterdir()) if f.is_dir()}
 
 
 def is_ratio(value: Any) -> bool:

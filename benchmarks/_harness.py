@@ -24,7 +24,11 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "torch", "peft")
 MIB = 2**20
 CHUNKED = ("linear_cross_entropy", "fused")  # names of programs with a loop over chunks
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# Memory that is freed stays with the process, whose pages are not cleared again for the next step.
+KEPT_MEMORY = (
+    "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592"
+)
+SETTINGS = ("GLIBC_TUNABLES", "LD_PRELOAD")  # environment variables that are part of a command
 
 
 def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -99,18 +103,19 @@ def store(name: str, figures: Any) -> None:
     """Prints the figures and writes them to ``NAME.json`` with versions, command and device.
 
     The file is in the folder of the option ``--output``; of a device other than the CPU it is
-    called ``NAME-DEVICE.json``, and with GLIBC_TUNABLES for huge pages ``NAME-huge-pages.json``.
+    called ``NAME-DEVICE.json``, and with `KEPT_MEMORY` in GLIBC_TUNABLES ``NAME-kept-memory.json``.
     """
     device = jax.devices()[0]
-    tunables = os.environ.get("GLIBC_TUNABLES")
+    set_to = {n: v for n in SETTINGS if (v := os.environ.get(n))}
     program = f"python benchmarks/{Path(sys.argv[0]).name}"
-    command = [*([f"GLIBC_TUNABLES={tunables}"] if tunables else []), program, *sys.argv[1:]]
-    name += "-huge-pages" if HUGE_PAGES in (tunables or "") else ""
+    command = [*(f"{n}={v}" for n, v in set_to.items()), program, *sys.argv[1:]]
+    name += "-kept-memory" if KEPT_MEMORY in set_to.get("GLIBC_TUNABLES", "") else ""
     record = {
         "figures": figures,
         "date": datetime.date.today().isoformat(),
         "command": " ".join(command),
         "device": f"{device.device_kind} x {jax.device_count()}, {platform.machine()}",
+        "processor": processor(),
         "cores": cores(),
         "peak MiB of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "python": platform.python_version(),
@@ -132,6 +137,15 @@ def cores() -> int:
     """Returns how many cores the process may use; ``taskset -c 0,1`` makes it two."""
     known = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Returns the processor's name as Linux has it, elsewhere what Python knows of it."""
+    try:
+        named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def version(package: str) -> str | None:

@@ -33,14 +33,16 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
-def targets(records: dict[str, dict[str, Any]]) -> list[str]:
+def targets(records: dict[str, dict[str, Any]], folder: str = "") -> list[str]:
+    """Returns the table of figures that have a target; of a folder's, with the files' names."""
     rows = []
     for target, name, label, value in _figures.against_targets(records):
         middle, quartiles = spread(value)
         verdict = target.verdict(value["median"] if _figures.is_ratio(value) else value)
         if _figures.is_trial(records[name]):
             verdict = "a trial run"
-        rows.append([label, target.wanted(), middle, quartiles, verdict, f"[{name}](#{name})"])
+        place = f"`{folder}/{name}.json`" if folder else f"[{name}](#{name})"
+        rows.append([label, target.wanted(), middle, quartiles, verdict, place])
     return table(["figure", "target", "median", "quartiles", "met", "result"], rows)
 
 
@@ -48,6 +50,7 @@ def caption(record: dict[str, Any]) -> list[str]:
     figures = record["figures"]
     versions = ", ".join(f"{p} {v}" for p, v in record["versions"].items())
     cores = f", {record['cores']} cores" if "cores" in record else ""
+    cores = f", {record['processor']}{cores}" if "processor" in record else cores
     peak = record.get("peak MiB of the process")
     lines = [
         *([figures["what"][0].upper() + figures["what"][1:] + "."] if "what" in figures else []),
@@ -89,13 +92,19 @@ def block(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def page(text: str, records: dict[str, dict[str, Any]]) -> str:
+def page(
+    text: str,
+    records: dict[str, dict[str, Any]],
+    elsewhere: dict[str, dict[str, dict[str, Any]]] | None = None,
+) -> str:
     """Returns the page with what is between its two markers made anew."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"the page has no marker: it needs the lines {BEGIN}{END}")
     lines = ["", "### Against the targets", "", *targets(records)]
+    for folder, others in (elsewhere or {}).items():
+        lines += [f"### Against the targets: {folder}", "", *targets(others, folder)]
     for file, (alt, panels_of) in _plots.PLOTS.items():
         lines += [f"![{alt}](images/{file})", ""] if panels_of(records) else []
     for name, record in records.items():
@@ -106,7 +115,7 @@ def page(text: str, records: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     records = _figures.stored(RESULTS)
     path = DOCS / "performance.md"
-    path.write_text(page(path.read_text(), records))
+    path.write_text(page(path.read_text(), records, _figures.stored_elsewhere(RESULTS)))
     _plots.draw(records, DOCS / "images")
     print(f"{path.relative_to(ROOT)} is made of {', '.join(records)}")
 

@@ -7,10 +7,10 @@ as it is, so that only the first losses are equal.
 
 python benchmarks/against_peft.py                              2 x 128 tokens
 python benchmarks/against_peft.py --batch 4 --length 256
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/against_peft.py
+GLIBC_TUNABLES=... python benchmarks/against_peft.py           `_harness.KEPT_MEMORY`
 
-The last has huge pages for both: on the CPU each step of either asks the system for its temporary
-arrays anew, and every page of them is cleared when it is first written.
+In the last both keep their memory from step to step: on the CPU each step of either asks the system
+for its temporary arrays anew, and every page of them is cleared when it is first written.
 """
 
 from __future__ import annotations

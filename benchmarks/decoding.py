@@ -1,4 +1,8 @@
-"""Decoding one token at a time with a cache: SmolLM2-135M, its adapters merged and not."""
+"""Decoding one token at a time with a cache: SmolLM2-135M, its adapters merged and not.
+
+A call of a compiled step for each token, and all tokens of a round in one program, a loop, as
+transformers' ``generate`` has them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,11 @@ def tiny() -> tuple[Any, Any]:
 
 
 class Decoder:
-    """One compiled step, the cache donated; called, it decodes `TOKENS` tokens."""
+    """A compiled program, the cache donated; called, it decodes `TOKENS` tokens.
+
+    Args:
+      step: of params, cache, token and position; returns tokens, the last of them, and the cache.
+    """
 
     def __init__(self, step: Callable[..., Any], params: Any, cache: Any):
         self.params, self.blank = params, cache
@@ -45,17 +53,17 @@ class Decoder:
         jax.block_until_ready(self.cache)
 
     def __call__(self) -> list[int]:
-        found = []
-        for _ in range(TOKENS):
+        found: list[int] = []
+        while len(found) < TOKENS:
             args = self.params, self.cache, self.token, np.int32(self.position)
-            self.token, self.cache = self.compiled(*args)
-            self.position += 1
-            found.append(int(self.token[0, 0]))
+            tokens, self.token, self.cache = self.compiled(*args)
+            self.position += len(tokens)
+            found += tokens.tolist()
         return found
 
 
 def main() -> None:
-    args = _harness.parser(__doc__, rounds=21).parse_args()
+    args = _harness.parser(__doc__, rounds=31).parse_args()
     transformers.logging.set_verbosity_error()
     if (args.rounds + 1) * TOKENS > CONTEXT:
         raise SystemExit(f"{args.rounds} rounds of {TOKENS} tokens do not fit in {CONTEXT}")
@@ -63,21 +71,32 @@ def main() -> None:
     config = tied_lora.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     adapted = _models.shaken(tied_lora.wrap(params, config, ties=smollm2.TIES))
 
-    def step(params: Any, cache: Any, token: jax.Array, position: Any) -> tuple[jax.Array, Any]:
+    def step(params: Any, cache: Any, token: jax.Array, position: Any) -> Any:
         logits, new = model.module.apply(
             {"params": params, "cache": cache}, token, jnp.ones((1, CONTEXT), jnp.int32),
             jnp.full((1, 1), position), return_dict=False, mutable=["cache"],
         )  # fmt: skip
-        return jnp.argmax(logits[0], axis=-1).astype(jnp.int32), new["cache"]
+        token = jnp.argmax(logits[0], axis=-1).astype(jnp.int32)
+        return token[0], token, new["cache"]
+
+    def loop(params: Any, cache: Any, token: jax.Array, position: Any) -> Any:
+        def one(carry: Any, number: Any) -> Any:
+            found, token, cache = step(params, *carry, position + number)
+            return (cache, token), found[0]
+
+        (cache, token), found = jax.lax.scan(one, (cache, token), jnp.arange(TOKENS))
+        return found, token, cache
 
     shapes = jax.eval_shape(functools.partial(model.init_cache, 1, CONTEXT))
     cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    decoders = {
-        "unmerged": Decoder(tied_lora.adapt(step, on_dense="error"), adapted, cache),
-        "merged": Decoder(step, tied_lora.merge(adapted), cache),
-    }
+    merged = tied_lora.merge(adapted)
+    decoders = {}
+    for how, program in (("", step), (", in one program", loop)):
+        served = tied_lora.adapt(program, on_dense="error")
+        decoders[f"unmerged{how}"] = Decoder(served, adapted, cache)
+        decoders[f"merged{how}"] = Decoder(program, merged, cache)
     first = {name: decoder() for name, decoder in decoders.items()}
-    if first["unmerged"] != first["merged"]:
+    if len({tuple(tokens) for tokens in first.values()}) > 1:
         raise SystemExit(f"merged and unmerged decode other tokens: {first}")
     seconds = _harness.interleaved(decoders, args.rounds)
     _harness.store(
@@ -88,7 +107,11 @@ def main() -> None:
             "rounds": args.rounds,
             "median seconds": _harness.medians(seconds),
             **_harness.costs({name: decoder.compiled for name, decoder in decoders.items()}),
-            "ratios": {"unmerged / merged": _harness.ratio(seconds, "unmerged", "merged")},
+            "arrays passed": {n: len(jax.tree.leaves(d.params)) for n, d in decoders.items()},
+            "ratios": {
+                f"unmerged / merged{how}": _harness.ratio(seconds, f"unmerged{how}", f"merged{how}")
+                for how in ("", ", in one program")
+            },
         },
     )
 

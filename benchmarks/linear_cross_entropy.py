@@ -16,7 +16,7 @@ RANK = 8
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    args = parser(__doc__, rounds=21).parse_args()
     # SmolLM2-135M's table.
     count, vocabulary, width = (512, 256, 16) if args.tiny else (2048, 49152, 576)
     keys = jax.random.split(jax.random.key(0), 3)

@@ -32,7 +32,7 @@ def measured(cases: dict[str, _models.Step | _models.Value], rounds: int) -> dic
 
 
 def main() -> None:
-    parser = _harness.parser(__doc__)
+    parser = _harness.parser(__doc__, rounds=21)
     for field in ("layers", "batch", "length"):
         parser.add_argument(f"--{field}", type=int)
     args = parser.parse_args()

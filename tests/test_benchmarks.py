@@ -40,7 +40,7 @@ def record(rounds: int = 11, **figures: object) -> dict[str, object]:
     return {
         "figures": {"what": "fakes", "rounds": rounds, **figures},
         "date": "2026-01-02", "command": "python benchmarks/step.py", "device": "cpu x 1, x86_64",
-        "cores": 2, "python": "3.11", "versions": {"jax": "0.10"},
+        "processor": "A CPU", "cores": 2, "python": "3.11", "versions": {"jax": "0.10"},
     }  # fmt: skip
 
 
@@ -106,7 +106,8 @@ def test_a_page_says_what_is_met_and_what_was_a_trial():
         " [decoding](#decoding) |",
         "| tied | 0.5 | 1,234 |",
         "| attention only | 0.4 | - |",
-        "`python benchmarks/step.py`, 2026-01-02, cpu x 1, x86_64, 2 cores; Python 3.11, jax 0.10.",
+        "`python benchmarks/step.py`, 2026-01-02, cpu x 1, x86_64, A CPU, 2 cores; Python 3.11, "
+        "jax 0.10.",
         "**GPT-2 small**",
     ):
         assert line in page.splitlines()
@@ -120,10 +121,30 @@ def test_the_stored_results_are_the_page():
     """Stale after a new result: run benchmarks/_report.py."""
     page = (ROOT / "docs/performance.md").read_text()
     records = _figures.stored(RESULTS)
-    assert _report.page(page, records) == page
+    assert _report.page(page, records, _figures.stored_elsewhere(RESULTS)) == page
     for file, (_, panels_of) in _plots.PLOTS.items():
         with Image.open(ROOT / "docs/images" / file) as image:
             assert image.info["Source"] == _plots.digest(panels_of(records)), file
+
+
+def test_what_was_measured_elsewhere_has_a_table_of_its_own(tmp_path):
+    here, there = (
+        {"tracing": record(ratios={"forward, adapted / plain": spread(1, x, 3)})} for x in (1.4, 2)
+    )
+    (tmp_path / "another-processor").mkdir()
+    for path, results in ((tmp_path, here), (tmp_path / "another-processor", there)):
+        (path / "tracing.json").write_text(json.dumps(results["tracing"]))
+    elsewhere = _figures.stored_elsewhere(tmp_path)
+    assert (_figures.stored(tmp_path), elsewhere) == (here, {"another-processor": there})
+    lines = _report.page(_report.BEGIN + _report.END, here, elsewhere).splitlines()
+    table = lines[lines.index("### Against the targets: another-processor") :]
+    row = "| forward, adapted / plain | at most 1.5 | 2.000 | 1.000 to 3.000 | no |"
+    assert f"{row} `another-processor/tracing.json` |" in table
+    assert lines.count("### tracing") == 1
+
+
+def test_the_processor_has_a_name():
+    assert _harness.processor().strip()
 
 
 def test_every_program_has_a_stored_result():
@@ -139,14 +160,18 @@ def test_every_target_has_a_figure_on_the_cpu():
 
 @pytest.mark.parametrize(
     ("set_to", "name", "before"),
-    [(None, "new.json", ""),
-     ("glibc.malloc.check=3", "new.json", "GLIBC_TUNABLES=glibc.malloc.check=3 "),
-     (_harness.HUGE_PAGES, "new-huge-pages.json", f"GLIBC_TUNABLES={_harness.HUGE_PAGES} ")],
+    [({}, "new.json", ""),
+     ({"GLIBC_TUNABLES": "glibc.malloc.check=3"}, "new.json",
+      "GLIBC_TUNABLES=glibc.malloc.check=3 "),
+     ({"LD_PRELOAD": "", "GLIBC_TUNABLES": _harness.KEPT_MEMORY}, "new-kept-memory.json",
+      f"GLIBC_TUNABLES={_harness.KEPT_MEMORY} "),
+     ({"LD_PRELOAD": "./own.so"}, "new.json", "LD_PRELOAD=./own.so ")],
 )  # fmt: skip
-def test_a_result_says_what_its_memory_came_in(set_to, name, before, tmp_path, monkeypatch):
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    if set_to:
-        monkeypatch.setenv("GLIBC_TUNABLES", set_to)
+def test_a_command_has_the_settings_it_ran_in(set_to, name, before, tmp_path, monkeypatch):
+    for variable in _harness.SETTINGS:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in set_to.items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.setattr(sys, "argv", ["step.py", "--output", str(tmp_path)])
     _harness.store("new", {"what": "nothing"})
     (file,) = tmp_path.iterdir()
@@ -157,7 +182,7 @@ def test_a_result_says_what_its_memory_came_in(set_to, name, before, tmp_path, m
 
 def test_targets_on_the_cpu_leave_a_gpu_its_own():
     ratios = {"ratios": {"PEFT / ours": spread(1, 1.3, 2)}}
-    files = ("against_peft", "against_peft-batch4-length256-huge-pages", "against_peft-nvidia-x")
+    files = ("against_peft", "against_peft-batch4-length256-kept-memory", "against_peft-nvidia-x")
     results = {f: record(**{"SmolLM2-135M, 4 x 256 tokens": ratios}) for f in files}
     limits = [(name, target.limit) for target, name, *_ in _figures.against_targets(results)]
     assert limits == list(zip(files, (1.15, 1.15, 1.5), strict=True))
@@ -174,7 +199,7 @@ def compiled_fast():
 @pytest.mark.usefixtures("standard_promotion", "compiled_fast")
 @pytest.mark.parametrize("call", SMALL)
 def test_a_program_runs(call, tmp_path, monkeypatch, capsys):
-    stored = {f: f.read_bytes() for f in RESULTS.iterdir()}
+    stored = {f: f.read_bytes() for f in RESULTS.rglob("*.json")}
     program, options = call.split(maxsplit=1)
     line = f"{program}.py {options} --tiny --output {tmp_path}"
     monkeypatch.setattr(sys, "argv", line.split())
@@ -186,7 +211,7 @@ def test_a_program_runs(call, tmp_path, monkeypatch, capsys):
     assert found["command"] == f"python benchmarks/{line}"
     assert found["figures"]["what"]
     assert file.read_text() in capsys.readouterr().out
-    assert {f: f.read_bytes() for f in RESULTS.iterdir()} == stored
+    assert {f: f.read_bytes() for f in RESULTS.rglob("*.json")} == stored
     # What a program stores is what the page and the plots can show.
     assert f"### {program}" in _report.page(_report.BEGIN + _report.END, {program: found})
     _plots.draw({program: found}, tmp_path / "plots")
