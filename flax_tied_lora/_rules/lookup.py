@@ -100,8 +100,7 @@ def _pick(
     for term in terms:
         if isinstance(term, Dense) and term.turned is not None and split(term.turned) is None:
             # From where it is stored: its transpose may be a copy of the whole of it.
-            stored = move(Factor(lax.convert_element_type(term.turned, weight.dtype), (1, 0)))
-            found = stored.spread(range(aval.ndim), aval.shape)
+            found = move(Factor(term.turned, (1, 0))).spread(range(aval.ndim), aval.shape)
             parts.append(_filled(found, eqn, weight, indexed, move))
             continue
         moved = term.rearrange(run, move)
