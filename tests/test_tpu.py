@@ -94,9 +94,10 @@ def test_temporary_memory_without_logits(dtype):
     assert ours <= 0.6 * temporary(attention_only(dtype))
 
 
+@pytest.mark.xfail(reason="of 256 tokens a chunk is a half", strict=True)
 def test_temporary_memory_without_logits_by_default():
     ours = temporary(step("ours", "bfloat16", SMALL, fused_loss))
-    assert ours <= 0.9 * temporary(attention_only("bfloat16"))
+    assert ours <= 0.6 * temporary(attention_only("bfloat16"))
 
 
 def test_temporary_memory_without_logits_at_training_lengths():

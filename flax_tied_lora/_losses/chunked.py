@@ -151,6 +151,7 @@ def _logits(loss: Loss, hidden: Array, labels: Array, rest: Sequence[Array]) -> 
 
 
 def _exponentials(values: Array, shift: Array) -> Array:
+    """Returns them, each row's shifted: the same of the same rows is computed once."""
     return jnp.exp(values - shift[:, None])
 
 

@@ -157,8 +157,8 @@ def dot_general(context, eqn, lhs, rhs):
         return lax.dot_general(*pair, numbers, **params, preferred_element_type=kind)
 
     def turned(matrix: Array) -> Array:
-        # XLA for the CPU copies a transpose that a vector is multiplied with, of a whole table
-        # where the loop is a program's.
+        # As it is stored: XLA for the CPU copies the transpose of a table that a vector is
+        # multiplied with, and before a loop all of it.
         axes = tuple(1 - i for i in summed)
         pair = (axes, contracting[1]) if first else (contracting[0], axes)
         return dense(matrix, (pair, ((), ())))
@@ -218,7 +218,7 @@ def _together(
     if len(terms) != 2 or not isinstance(terms[0], Dense) or not isinstance(terms[1], LowRank):
         return None
     if terms[0].turned is not None:
-        return None
+        return None  # its own product is not that of the equation
     term, near, far = terms[1], terms[1].a, terms[1].b
     if not times_chain(Factor(x, tuple(names)), near, far, order):
         near, far = far, near

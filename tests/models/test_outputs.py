@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 import transformers
@@ -69,8 +68,7 @@ def test_logits_and_gradients_are_those_of_the_merged_model(name):
 def test_bfloat16_is_near_to_the_merged_model(name):
     """Logits within 2e-2; gradients, by float32, about as near as the merged model's own.
 
-    In these gradients bfloat16's rounding alone is 3 to 30 %, merged or not. One leaf's is chance,
-    another on each kind of processor; that of half of them is held to more.
+    In these gradients bfloat16's rounding alone is 3 to 30 %, merged or not.
     """
     case = build(name, jnp.bfloat16)
     half = wrapped(case, case.model.to_bf16(case.params), sites_of(name))
@@ -79,9 +77,10 @@ def test_bfloat16_is_near_to_the_merged_model(name):
     ((_, logits), ours), ((_, expected), merged), _ = outcomes(name, jnp.bfloat16, half)
     assert 0 < far(logits, expected) < 2e-2
     (_, exact), _, _ = outcomes(name, jnp.float32, wide)
-    mine, other = (np.array(jax.tree.leaves(jax.tree.map(far, g, exact))) for g in (ours, merged))
-    assert np.all(mine <= 4 * other + 2e-2)
-    assert np.median(mine) <= 2 * np.median(other) + 1e-2
+    for mine, other in zip(
+        *(jax.tree.leaves(jax.tree.map(far, g, exact)) for g in (ours, merged)), strict=True
+    ):
+        assert mine <= 2 * other + 2e-2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
