@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -197,6 +198,34 @@ def everywhere(params: Any, tokens: jax.Array) -> jax.Array:
     x = table.at[tokens].get(out_sharding=rows)
     x = jnp.tanh(jnp.dot(x, params["dense"]["kernel"], out_sharding=rows))
     return jnp.dot(x, table.T, out_sharding=jax.P("y", "x"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_transposed_tie_on_explicit_axes(layout):
+    """What is looked up is stored as its transpose: a leaf called embedding is, whatever it is."""
+
+    def model(params: Any, tokens: jax.Array, **places: Any) -> jax.Array:
+        x = params["dense"]["kernel"].at[tokens].get(**places)
+        return jnp.dot(jnp.tanh(x), params["embed"]["embedding"], **places)
+
+    def tied(on: Any = None) -> tied_lora.Adapted:
+        table = params()["embed"]["embedding"]
+        tree = {"embed": {"embedding": table.T}, "dense": {"kernel": table}}
+        tree = tree if on is None else placed(tree, on, LAYOUTS[layout])
+        adapted = tied_lora.wrap(tree, CONFIG, ties=[("embed/embedding", "dense/kernel")])
+        assert adapted.plan.groups[0].key == "embed/embedding"
+        return perturbed(adapted)
+
+    tokens = jnp.arange(8) * 3
+    expected = loss_and_grads(model)(tied(), tokens)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)) as _:
+        mesh = jax.sharding.get_mesh()
+        tokens = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P("y")))
+        step = loss_and_grads(functools.partial(model, out_sharding=jax.P("y")))
+        found = jax.jit(step)(tied(mesh), tokens)
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected), rtol=2e-5, atol=2e-4
+    )
 
 
 OTHERS = {

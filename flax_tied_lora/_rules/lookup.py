@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from flax_tied_lora._factor import RANK, Cost, Factor, accumulator
 from flax_tied_lora._rules import rule
-from flax_tied_lora._sharding import single, split
+from flax_tied_lora._sharding import single
 from flax_tied_lora._sites import LOOKUP
 from flax_tied_lora._weight import Dense, LowRank, Weight, add
 
@@ -98,7 +98,7 @@ def _pick(
     accumulate = accumulator(aval.dtype)
     cost, parts, low_rank = Cost(), [], False
     for term in terms:
-        if isinstance(term, Dense) and term.turned is not None and split(term.turned) is None:
+        if isinstance(term, Dense) and term.turned is not None:
             # From where it is stored: its transpose may be a copy of the whole of it.
             found = move(Factor(term.turned, (1, 0))).spread(range(aval.ndim), aval.shape)
             parts.append(_filled(found, eqn, weight, indexed, move))

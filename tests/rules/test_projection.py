@@ -53,6 +53,15 @@ def test_table(form, dtype):
     only(check(fn, adapted, X.astype(dtype)), "projection")
 
 
+TURNED = wrapped({"embed": array(6, 8, seed=1), "head": array(6, 8, seed=1).T}, ["embed"],
+                 ties=[("embed", "head")])  # fmt: skip
+
+
+@pytest.mark.parametrize("form", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_table_that_is_stored_as_its_transpose(form):
+    only(check(lambda params, x: form(params["head"], x), TURNED, X), "projection")
+
+
 def test_rows_of_a_table_summed_over_are_a_lookup():
     """The role comes from what is contracted: weights of rows, one-hot or not, pick rows."""
     (read,) = only(check(lambda p, x: x @ table(p), TABLE, array(3, 8, seed=2)), "lookup")
@@ -113,6 +122,20 @@ BOTH = {
 @pytest.mark.parametrize("form", BOTH.values(), ids=BOTH.keys())
 def test_both_operands(form):
     explained = check(lambda params: form(table(params)), TABLE)
+    assert {r.served for r in explained.reads} == {"low rank"}
+
+
+@pytest.mark.parametrize("form", BOTH.values(), ids=BOTH.keys())
+def test_both_operands_stored_as_their_transpose(form):
+    explained = check(lambda params: form(params["head"]), TURNED)
+    assert {r.served for r in explained.reads} == {"low rank"}
+
+
+def test_both_leaves_of_a_transposed_tie():
+    def fn(params):
+        return params["head"] @ params["embed"], params["embed"] @ params["head"]
+
+    explained = check(fn, TURNED)
     assert {r.served for r in explained.reads} == {"low rank"}
 
 
