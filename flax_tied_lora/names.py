@@ -24,168 +24,32 @@ Without a layout a leaf called ``kernel`` is [in, out] and turned round, one who
 ``embedding`` is a table as it is, and any other has one axis.
 """  # noqa: E501 - a table reads best a line a line
 
-from __future__ import annotations
-
-import dataclasses
-import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-from flax_tied_lora._names import families, gemma, tunix
-from flax_tied_lora._names.families import Family
 from flax_tied_lora._names.layout import TorchWeight as TorchWeight
 from flax_tied_lora._names.layout import from_torch_array as from_torch_array
 from flax_tied_lora._names.layout import from_torch_arrays as from_torch_arrays
 from flax_tied_lora._names.layout import to_torch_array as to_torch_array
 from flax_tied_lora._names.mapping import Names as Names
-from flax_tied_lora._names.mapping import Tie
+from flax_tied_lora._names.mapping import Tie as Tie
 from flax_tied_lora._names.mapping import UnmappedError as UnmappedError
+from flax_tied_lora._names.names_of import FAMILIES as FAMILIES
+from flax_tied_lora._names.names_of import names_of as names_of
 from flax_tied_lora._names.state import Entry as Entry
 from flax_tied_lora._names.state import from_state_dict as from_state_dict
 from flax_tied_lora._names.state import state_entries as state_entries
 from flax_tied_lora._names.state import to_state_dict as to_state_dict
-from flax_tied_lora._names.table import make_line
 
-_FAMILIES = {**families.FAMILIES, **tunix.FAMILIES, **gemma.FAMILIES}
-# Those with a second form for models with as many key heads as heads.
-_FUSED = {**tunix.FUSED, **gemma.FUSED}
-FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
-
-
-def names_of(
-    model: Any,
-    extra: Iterable[Sequence[str]] = (),
-    *,
-    tie_word_embeddings: bool | None = None,
-    tied: Mapping[str, Sequence[str]] | None = None,
-) -> Names:
-    """Returns the correspondence of a model's Flax leaf paths and its PyTorch parameter names.
-
-    Args:
-      model: a family's name (``FAMILIES`` lists them), a transformers config, a dict with its
-        ``model_type`` (a ``config.json``), a tunix ``ModelConfig``, a gemma ``TransformerConfig``,
-        or None for a model that the lines in ``extra`` are the whole table of.
-      extra: further lines, which go before the family's: see the module's docstring.
-      tie_word_embeddings: whether input and output are tied; by default what the config says, or
-        the family's own default.
-      tied: ``{Flax path: PyTorch modules}`` that share this leaf's tensor, beyond what is known of
-        the family: ``{"embed/embedding": ("lm_head",)}``.
-
-    Raises:
-      ValueError: the family is not known, or a line of the table is wrong: the line, and why.
-
-    >>> names = names_of("gpt2")
-    >>> names.to_torch("transformer/h/3/attn/c_attn/kernel", 2)[0].name
-    'transformer.h.3.attn.c_attn.weight'
-    >>> names.to_flax("transformer.h.3.attn.c_attn.weight")[0]
-    'transformer/h/3/attn/c_attn/kernel'
-    >>> dict(names.tied)
-    {'transformer/wte/embedding': ('lm_head',)}
-    """
-    lines = tuple(make_line(line) for line in extra)
-    for i, line in enumerate(lines):
-        if line.name in [other.name for other in lines[:i]]:
-            raise ValueError(f"table of names: {line.name!r} is in two lines; keep one of them")
-    name = _family_name(model)
-    if name not in _FAMILIES and not lines:
-        raise ValueError(_unknown(name))
-    if tie_word_embeddings is None:
-        tie_word_embeddings = _field(model, "tie_word_embeddings")
-    if tie_word_embeddings is None:
-        tie_word_embeddings = tunix.tunix_ties(model)
-    names = Names(name, ())
-    if name in _FAMILIES:
-        names = _family_names(name, _is_fused(model), tie_word_embeddings)
-    ties = {tie.path: tie for tie in names.ties}
-    for path, modules in (tied or {}).items():
-        known = ties[path].names if path in ties else ()
-        ties[path] = Tie(path, tuple(dict.fromkeys((*known, *_modules(path, modules)))))
-    names = dataclasses.replace(names, extra=lines, ties=tuple(ties.values()))
-    for path in tied or {}:
-        _check_tie(names, ties[path])
-    return names
-
-
-@functools.cache
-def _family_names(name: str, fused: bool, tied: bool | None) -> Names:
-    make = _FUSED.get(name, _FAMILIES[name]) if fused else _FAMILIES[name]
-    family = make()
-    tied = family.tied if tied is None else tied
-    # A tied head is no leaf in Flax: its PyTorch name is one of the table's.
-    gone = family.head_leaf if tied and not family.keeps_head_leaf else None
-    return Names(
-        name,
-        tuple(line for line in family.lines if line.path != gone),
-        ties=_ties(family, tied),
-        prefix=family.prefix,
-        ignored=family.ignored,
-        renamed=family.renamed,
-        hints=family.hints,
-    )
-
-
-def _ties(family: Family, tied: bool) -> tuple[Tie, ...]:
-    heads = tuple(f"{m}.weight" for m in (family.heads if tied else ()))
-    ties = [Tie(family.table, (*(f"{m}.weight" for m in family.shared), *heads))]
-    ties += [Tie(table, heads) for table in family.other_tables]
-    if family.prefix:  # the model without a head
-        bare = (m.removeprefix(f"{family.prefix}.") for m in family.shared)
-        table = family.table.removeprefix(f"{family.prefix}/")
-        ties.append(Tie(table, tuple(f"{m}.weight" for m in bare)))
-    ties += [Tie(path, names) for path, names in family.same]
-    return tuple(tie for tie in ties if tie.names)
-
-
-def _family_name(model: Any) -> str:
-    if model is None:
-        return "own"
-    name = model if isinstance(model, str) else _field(model, "model_type")
-    name = name or tunix.tunix_family(model) or gemma.gemma_family(model)
-    if not isinstance(name, str):
-        raise ValueError(
-            f"names_of takes a family's name, a model's config, a dict with its model_type, or "
-            f"None and a table; found {type(model).__name__} without a model_type"
-        )
-    return name
-
-
-def _field(model: Any, name: str) -> Any:
-    if isinstance(model, str):
-        return None
-    return model.get(name) if isinstance(model, Mapping) else getattr(model, name, None)
-
-
-def _is_fused(model: Any) -> bool:
-    heads = _field(model, "num_attention_heads") or _field(model, "num_heads")
-    keys = _field(model, "num_key_value_heads") or _field(model, "num_kv_heads")
-    return heads is not None and heads == keys
-
-
-def _modules(path: str, modules: Any) -> tuple[str, ...]:
-    if isinstance(modules, str) or not all(isinstance(m, str) for m in modules):
-        raise ValueError(
-            f"tied={{{path!r}: {modules!r}}}: expected PyTorch module names, as in "
-            f"{{{path!r}: ('lm_head',)}}"
-        )
-    return tuple(f"{m}.weight" for m in modules)
-
-
-def _check_tie(names: Names, tie: Tie) -> None:
-    try:
-        weight = names.own_weight(tie)
-    except UnmappedError as error:
-        raise ValueError(f"tied: {error}") from None
-    if weight.name in tie.names:
-        raise ValueError(f"tied: {weight.name} is {tie.path!r} itself: leave it out")
-
-
-def _unknown(name: str) -> str:
-    near = [known for known in FAMILIES if known.startswith(f"tunix/{name}")]
-    if near:
-        hint = f"transformers has no Flax class for it; for tunix's say {near[0]!r}"
-    else:
-        hint = f"known are {', '.join(FAMILIES)}"
-    return (
-        f"there is no table of names for the family {name!r}: {hint}. For a model of your own give "
-        'a table: names_of(None, extra=[("layers_{}/up/kernel", "layers.{}.up.weight"), ...])'
-    )
+__all__ = [
+    "FAMILIES",
+    "Entry",
+    "Names",
+    "Tie",
+    "TorchWeight",
+    "UnmappedError",
+    "from_state_dict",
+    "from_torch_array",
+    "from_torch_arrays",
+    "names_of",
+    "state_entries",
+    "to_state_dict",
+    "to_torch_array",
+]

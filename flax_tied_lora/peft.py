@@ -4,8 +4,16 @@
 ``save_pretrained`` wrote. Neither needs PyTorch. The correspondence of names is `names_of`'s.
 """
 
-from flax_tied_lora._peft.errors import AdapterFileError as AdapterFileError
-from flax_tied_lora._peft.load import load_adapter as load_adapter
-from flax_tied_lora._peft.merged import save_merged as save_merged
-from flax_tied_lora._peft.save import save_adapter as save_adapter
-from flax_tied_lora.names import names_of as names_of
+from flax_tied_lora._names.names_of import names_of as names_of
+from flax_tied_lora._peft.adapter.load import load_adapter as load_adapter
+from flax_tied_lora._peft.adapter.save import save_adapter as save_adapter
+from flax_tied_lora._peft.files.errors import AdapterFileError as AdapterFileError
+from flax_tied_lora._peft.merged.export import save_merged as save_merged
+
+__all__ = [
+    "AdapterFileError",
+    "load_adapter",
+    "names_of",
+    "save_adapter",
+    "save_merged",
+]

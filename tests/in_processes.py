@@ -25,7 +25,7 @@ from flax import nnx
 import flax_tied_lora as tied_lora
 import flax_tied_lora.nnx
 from flax_tied_lora import arithmetic, checkpoint, names, peft
-from flax_tied_lora._checkpoint.fingerprint import fingerprint
+from flax_tied_lora._adapters.fingerprint import fingerprint
 
 TABLE, KERNEL = "transformer/wte/embedding", "transformer/h/0/attn/c_attn/kernel"
 SPECS = {"wte": jax.P("x", "y"), "c_attn": jax.P("y", None), "bias": jax.P()}

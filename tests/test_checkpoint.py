@@ -17,7 +17,7 @@ from flax.training.train_state import TrainState
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import checkpoint
-from flax_tied_lora._paths import TiedLeaf, flatten
+from flax_tied_lora._tree.paths import TiedLeaf, flatten
 
 VOCAB, WIDTH = 32, 16
 

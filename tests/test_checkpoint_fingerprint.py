@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora._checkpoint.fingerprint import (
+from flax_tied_lora._adapters.fingerprint import (
     SAMPLE,
     _on_device,
     _sampled,

@@ -11,8 +11,8 @@ import numpy as np
 import peft
 import pytest
 
-from flax_tied_lora._config import _NOT_YET, LoraConfig
-from flax_tied_lora._config_axes import OWN_FIELDS
+from flax_tied_lora._config.axes_and_parts import OWN_FIELDS
+from flax_tied_lora._config.config import _NOT_YET, LoraConfig
 
 PEFT_FIELDS = {f.name: f for f in dataclasses.fields(peft.LoraConfig)}
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora._growth import extended, grown
+from flax_tied_lora._vocabulary.rows import extended, grown
 from tests.oracle import array
 
 V, D = 24, 8

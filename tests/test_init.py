@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_tied_lora._init import from_weight, orthogonal, reads_weight
+from flax_tied_lora._adapters.init_from_weight import from_weight, orthogonal
+from flax_tied_lora._config.checks import reads_weight
 
 HOWS = ("pissa", "pissa_niter_4", "olora")
 SHAPES = ((12, 7), (7, 12), (9, 9))

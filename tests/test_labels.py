@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora._plan import AdapterPlan
-from flax_tied_lora._sites import SiteFilter
+from flax_tied_lora._algebra.site_filter import SiteFilter
+from flax_tied_lora._planning.plan import AdapterPlan
 from flax_tied_lora.train import labels, labels_by
 from tests.small_models import TOKENS, StackedLM, init, wrapped
 

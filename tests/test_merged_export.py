@@ -20,9 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora._peft import merged, merged_leaves
-from flax_tied_lora._peft.errors import AdapterFileError
-from flax_tied_lora._peft.merged import save_merged
+from flax_tied_lora._peft.files.errors import AdapterFileError
+from flax_tied_lora._peft.merged import export as merged
+from flax_tied_lora._peft.merged import leaves as merged_leaves
+from flax_tied_lora._peft.merged.export import save_merged
 from flax_tied_lora.names import names_of, to_state_dict
 from tests.damage import snapshot
 from tests.merged_models import (

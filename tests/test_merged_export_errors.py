@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora._peft.merged import save_merged
+from flax_tied_lora._peft.merged.export import save_merged
 from flax_tied_lora.names import UnmappedError, names_of
 from tests.merged_models import (
     CONFIG,

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora._peft.merged import save_merged
+from flax_tied_lora._peft.merged.export import save_merged
 from flax_tied_lora.names import to_state_dict
 from tests.merged_models import CONFIG, NAMES, gpt2
 from tests.test_merged_export import stored

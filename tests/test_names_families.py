@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flax_tied_lora.names import (
-    FAMILIES,
-    UnmappedError,
-    from_state_dict,
-    names_of,
-    to_state_dict,
-)
+from flax_tied_lora.names import FAMILIES, UnmappedError, from_state_dict, names_of, to_state_dict
 from tests.name_tables import (
     GEMMA2,
     GEMMA2_FUSED,

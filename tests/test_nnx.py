@@ -12,7 +12,7 @@ from flax import nnx
 
 import flax_tied_lora as tied_lora
 import flax_tied_lora.nnx
-from flax_tied_lora._paths import flatten
+from flax_tied_lora._tree.paths import flatten
 from tests.nnx_models import (
     TOKENS,
     VOCAB,

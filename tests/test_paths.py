@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict, meta
 
-from flax_tied_lora._paths import (
+from flax_tied_lora._tree.paths import (
     TiedLeaf,
     describe,
     flatten,

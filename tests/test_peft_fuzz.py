@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load as tensors_of
 from safetensors.numpy import save
 
-from flax_tied_lora._tying import WeightTyingWarning
+from flax_tied_lora._planning.tying import WeightTyingWarning
 from flax_tied_lora.peft import AdapterFileError
 from tests.damage import CONFIG, WEIGHTS, put, random_damage, reshard, snapshot
 from tests.damaged_model import PARAMS, PREFIX, load, make

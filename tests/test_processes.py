@@ -17,7 +17,7 @@ import pytest
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import checkpoint, peft
-from flax_tied_lora._checkpoint.fingerprint import fingerprint
+from flax_tied_lora._adapters.fingerprint import fingerprint
 from tests import in_processes as program
 from tests import processes
 

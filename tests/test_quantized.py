@@ -13,7 +13,9 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora import QuantizedArray, _quantized_product, checkpoint
+from flax_tied_lora import QuantizedArray, checkpoint
+from flax_tied_lora._algebra import quantized_product as _quantized_product
+from flax_tied_lora._tree.paths import flatten
 from tests.compiling import as_shipped
 from tests.oracle import array, check, labelled, numbers, perturbed
 
@@ -63,7 +65,7 @@ def wrapped(params, **fields) -> tied_lora.Adapted:
 
 
 def flat(tree):
-    return tied_lora._paths.flatten(tree)[0]
+    return flatten(tree)[0]
 
 
 # What is stored

@@ -12,6 +12,7 @@ from flax import nnx
 import flax_tied_lora as tied_lora
 import flax_tied_lora.nnx
 from flax_tied_lora import QuantizedArray
+from flax_tied_lora._tree.paths import flatten
 from tests.oracle import array, numbers
 
 TOKENS = numbers(2, 5, below=48)
@@ -44,7 +45,7 @@ def perturbed(adapted):
 
 
 def quantised_of(module):
-    leaves, _ = tied_lora._paths.flatten(tied_lora.nnx.params(module))
+    leaves, _ = flatten(tied_lora.nnx.params(module))
     return {path for path, leaf in leaves.items() if isinstance(leaf, QuantizedArray)}
 
 

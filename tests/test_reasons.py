@@ -13,7 +13,7 @@ from jax.experimental import io_callback
 from jax.experimental import pallas as pl
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora._reasons import OTHERWISE, QUANTIZED, REASONS, reason_for
+from flax_tied_lora._interpreter.materialised import OTHERWISE, QUANTIZED, REASONS, reason_for
 from tests.oracle import array, labelled
 
 PAGE = Path(__file__).parents[1] / "docs" / "limits.md"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flax_tied_lora import CallSite, CallSites, Read
-from flax_tied_lora._sites import module_scope, numbered, with_batch
-from flax_tied_lora._table import table
+from flax_tied_lora._interpreter.sites import module_scope, numbered, with_batch
+from flax_tied_lora._tree.table import table
 
 LOOKUP = CallSite("embed/embedding", "gather", 0, "M/embed", "lookup", (0,), (1,))
 HEAD = CallSite("embed/embedding", "dot_general", 0, "M/embed.attend", "projection", (1,), (0,))

@@ -9,7 +9,7 @@ import pytest
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import checkpoint
-from flax_tied_lora._start import in_place
+from flax_tied_lora._tree.boxes import in_place
 from tests.oracle import check, perturbed
 from tests.small_models import LAYERS, TOKENS, StackedLM, TiedLM, init
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flax_tied_lora._table import folded, table
+from flax_tied_lora._tree.table import folded, table
 
 
 def test_columns_are_aligned_and_numbers_grouped():

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_tied_lora._densify import DensifyError
-from flax_tied_lora._evaluate import Context, LeafInfo, evaluate
-from flax_tied_lora._factor import RANK, Factor, pytree
-from flax_tied_lora._weight import Dense, LowRank, Origin, SiteFilter, Term, Weight
+from flax_tied_lora._algebra.factor import RANK, Factor, pytree
+from flax_tied_lora._algebra.weight import Dense, LowRank, Origin, SiteFilter, Term, Weight
+from flax_tied_lora._interpreter.context import Context
+from flax_tied_lora._interpreter.evaluate import evaluate
+from flax_tied_lora._interpreter.materialised import DensifyError
+from flax_tied_lora._interpreter.sites import LeafInfo
 
 V, D = 12, 6
 TABLE = jax.random.normal(jax.random.key(0), (V, D))

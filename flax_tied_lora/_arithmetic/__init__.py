@@ -1,5 +1,4 @@
-"""Rooms of `arithmetic`.
+"""A wing: adapters combined, scaled, padded and extracted.
 
-`ranks`: plans and factors of another rank, and what two `Adapted` must share to be used together.
-`lowrank`: the closest product of a rank. `combining` and `extraction`: what their names say.
+Knows the adapters and plans. No other wing.
 """

@@ -11,24 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._adapted import Adapted
-from flax_tied_lora._arithmetic.lowrank import compressed, whole
-from flax_tied_lora._arithmetic.ranks import (
+from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.make import DTYPE
+from flax_tied_lora._adapters.merge import check_adapted
+from flax_tied_lora._adapters.ranks import (
     check_single,
     layout_of,
     refuse_residual,
     same_base,
     with_patterns,
 )
-from flax_tied_lora._config import LoraConfig
-from flax_tied_lora._config_axes import OWN_FIELDS
-from flax_tied_lora._config_checks import as_tuple
-from flax_tied_lora._factors import DTYPE, unboxed
-from flax_tied_lora._merge import check_adapted
-from flax_tied_lora._paths import flatten, is_tracer
-from flax_tied_lora._plan import LORA, AdapterPlan, GroupPlan, Plan
-from flax_tied_lora._start import in_place
-from flax_tied_lora._targets import ALL_LINEAR
+from flax_tied_lora._arithmetic.lowrank import compressed, whole
+from flax_tied_lora._config.axes_and_parts import OWN_FIELDS
+from flax_tied_lora._config.checks import as_tuple
+from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
+from flax_tied_lora._planning.targets import ALL_LINEAR
+from flax_tied_lora._tree.boxes import in_place, unboxed
+from flax_tied_lora._tree.paths import flatten, is_tracer
 
 _HOW = ("linear", "cat", "svd")
 # The fields that say what is adapted. Of the targets a union can be made, of the others none.

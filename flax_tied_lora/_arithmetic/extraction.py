@@ -11,23 +11,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.fingerprint import raw
+from flax_tied_lora._adapters.make import DTYPE
 from flax_tied_lora._arithmetic.lowrank import nearest, whole
-from flax_tied_lora._checkpoint.fingerprint import raw
-from flax_tied_lora._config import LoraConfig
-from flax_tied_lora._factors import DTYPE, key_number
-from flax_tied_lora._init import reads_weight
-from flax_tied_lora._paths import describe, flatten, is_marker, is_tracer
-from flax_tied_lora._plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
-from flax_tied_lora._quantized_array import plain_array
-from flax_tied_lora._sites import CallSites
-from flax_tied_lora._start import in_place
-from flax_tied_lora._ties import Member
-from flax_tied_lora._wrap import wrap
+from flax_tied_lora._config.checks import reads_weight
+from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
+from flax_tied_lora._ties.find import Member
+from flax_tied_lora._tree.boxes import in_place
+from flax_tied_lora._tree.keys import key_number
+from flax_tied_lora._tree.paths import describe, flatten, is_marker, is_tracer
+from flax_tied_lora._tree.quantized_array import plain_array
+from flax_tied_lora._verbs.wrap import wrap
 
 
 class LeftOutWarning(UserWarning):
     """`extract` left out what changed between two checkpoints and no target names."""
+
+    __module__ = "flax_tied_lora.arithmetic"
 
 
 class Extraction(NamedTuple):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from flax_tied_lora._init import svd_lowrank
-from flax_tied_lora._paths import is_tracer
+from flax_tied_lora._adapters.init_from_weight import svd_lowrank
+from flax_tied_lora._tree.paths import is_tracer
 
 # Up to this many rows or columns, on the shorter side, a matrix is decomposed as it is: a table of
 # any length is cheap then. Above, only as much of it as is asked for.

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._checkpoint.record import orbax_args, read_record, write
 from flax_tied_lora._checkpoint.stored import (
     CheckpointError,
@@ -18,10 +18,10 @@ from flax_tied_lora._checkpoint.stored import (
     template_of,
     without_boxes,
 )
-from flax_tied_lora._paths import flatten, is_marker, path_name
-from flax_tied_lora._plan import Plan
-from flax_tied_lora._quantized_array import QuantizedArray, is_quantized
-from flax_tied_lora._ties import Member, TieGroup, find_ties
+from flax_tied_lora._planning.plan import Plan
+from flax_tied_lora._ties.find import Member, TieGroup, find_ties
+from flax_tied_lora._tree.paths import flatten, is_marker, path_name
+from flax_tied_lora._tree.quantized_array import QuantizedArray, is_quantized
 
 
 def save_params(path: Any, params: Any, *, ties: Any = "auto") -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.make import make_adapters
 from flax_tied_lora._checkpoint.stored import CheckpointError, explained, without_boxes
-from flax_tied_lora._factors import boxes_of, make_adapters
-from flax_tied_lora._paths import TiedLeaf, describe, flatten, is_marker, nearby
-from flax_tied_lora._plan import LORA, GroupPlan, Plan
-from flax_tied_lora._wrap import stored_once
+from flax_tied_lora._planning.plan import LORA, GroupPlan, Plan
+from flax_tied_lora._tree.boxes import boxes_of
+from flax_tied_lora._tree.paths import TiedLeaf, describe, flatten, is_marker, nearby
+from flax_tied_lora._verbs.wrap import stored_once
 
 
 def fit(plan: Plan, params: Any, check_base: bool) -> tuple[Plan, Any]:

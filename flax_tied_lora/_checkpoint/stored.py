@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,10 +13,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.core import meta
 
-from flax_tied_lora._checkpoint.fingerprint import checksum, is_key, raw
-from flax_tied_lora._factors import unboxed
-from flax_tied_lora._paths import is_tracer
-from flax_tied_lora._processes import differing
+from flax_tied_lora._adapters.fingerprint import checksum, raw
+from flax_tied_lora._tree.boxes import nnx_type, unboxed
+from flax_tied_lora._tree.keys import is_key
+from flax_tied_lora._tree.paths import is_tracer
+from flax_tied_lora._tree.processes import differing
 
 _ANOTHER = "restore another checkpoint"
 _NUMBERS = (bool, int, float)
@@ -25,6 +25,8 @@ _NUMBERS = (bool, int, float)
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read as asked; nothing was changed."""
+
+    __module__ = "flax_tied_lora.checkpoint"
 
 
 @contextlib.contextmanager
@@ -47,8 +49,7 @@ def absolute(path: Any) -> epath.Path:
 
 def without_boxes(tree: Any) -> Any:
     """Returns a pytree with the array of each box, `nnx.Variable` too, in place of the box."""
-    # Where flax.nnx is not imported there are no variables, and importing it takes a while.
-    variable = getattr(sys.modules.get("flax.nnx"), "Variable", ())
+    variable = nnx_type("Variable")
 
     def is_box(x: Any) -> bool:
         return isinstance(x, (meta.AxisMetadata, variable))

@@ -1,4 +1,4 @@
-"""Losses that never hold the logits: the arithmetic of a chunk of tokens, and the primitive.
+"""The cross-entropy of a projection as one operation: its chunks, its primitive and its rule.
 
-Underscored rooms of `flax_tied_lora.losses`, which is what is public.
+Knows the algebra and the interpreter.
 """

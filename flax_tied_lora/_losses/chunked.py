@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from flax_tied_lora._factor import accumulator
+from flax_tied_lora._algebra.factor import accumulator
+from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._losses.splitting import by_chunks, by_rows
-from flax_tied_lora._sharding import share_names, split, vary, varying
-from flax_tied_lora._weight import Weight
+from flax_tied_lora._tree.sharding import share_names, split, vary, varying
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,6 @@ class Loss:
         if not isinstance(table, Weight):
             return product(hidden, table)
         if context is None:
-            from flax_tied_lora._evaluate import Context  # it imports the rules, which need this
-
             context = Context(on_dense="allow")
         return context.evaluate(product, hidden, table)
 

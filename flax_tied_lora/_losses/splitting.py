@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._sharding import automatic_parts, explicit, parts, single
+from flax_tied_lora._tree.sharding import automatic_parts, explicit, parts, single
 
 # Tokens of a chunk: a sixteenth of all, within these bounds in each lane. Fewer than 128 leave
 # products too thin to be worth reading the table for; more than 1,024 gain nothing.

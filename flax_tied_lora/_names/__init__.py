@@ -1,6 +1,4 @@
-"""The parts of `flax_tied_lora.names`.
+"""Flax paths and PyTorch names: layouts, tables, families, and whole state dicts.
 
-layout.py: which axes of a leaf are which axes of a parameter. table.py: one line of a table of
-names. families.py: transformers' families, tunix.py: tunix's. state.py: whole params to a state
-dict and back.
+Knows leaf paths; nothing of adapters.
 """

@@ -10,16 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flax_tied_lora._names.layout import (
-    TorchWeight,
-    from_torch_arrays,
-    to_torch_array,
-    torch_view,
-)
+from flax_tied_lora._names.layout import TorchWeight, from_torch_arrays, to_torch_array, torch_view
 from flax_tied_lora._names.mapping import Names
-from flax_tied_lora._paths import describe, flatten, is_marker
-from flax_tied_lora._processes import refuse_spread
-from flax_tied_lora._quantized_array import plain_array
+from flax_tied_lora._tree.paths import describe, flatten, is_marker
+from flax_tied_lora._tree.processes import refuse_spread
+from flax_tied_lora._tree.quantized_array import plain_array
 
 
 class Entry(NamedTuple):

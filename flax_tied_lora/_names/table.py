@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flax_tied_lora._names.layout import KINDS, Layout, TorchWeight, parse_layout
-from flax_tied_lora._paths import leaf_name
+from flax_tied_lora._tree.paths import leaf_name
 
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 # What a leaf is called whose layout need not be said.

@@ -16,11 +16,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_tied_lora._adapt import Evaluated, evaluated
-from flax_tied_lora._adapted import Adapted
-from flax_tied_lora._evaluate import OnDense
+from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._interpreter.context import OnDense
+from flax_tied_lora._interpreter.inner import is_same
 from flax_tied_lora._nnx.leaves import name_of, named
-from flax_tied_lora._rules.loops import is_same
+from flax_tied_lora._verbs.adapt import Evaluated, evaluated
 
 _TAG = "flax_tied_lora"
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_tied_lora._paths import describe, is_leaf, nearby, path_name
-from flax_tied_lora._plan import Plan
+from flax_tied_lora._planning.plan import Plan
+from flax_tied_lora._tree.paths import describe, is_leaf, nearby, path_name
 
 # What can be adapted: nnx.Param, and not what another LoRA trains.
 PARAM = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_tied_lora._adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._nnx.leaves import aliases_of, variables_of
-from flax_tied_lora._paths import flatten
-from flax_tied_lora._tie_sources import SAME_ARRAY, Member, TieGroup
-from flax_tied_lora._ties import find_ties
-from flax_tied_lora._tying import says_untied
+from flax_tied_lora._planning.tying import says_untied
+from flax_tied_lora._ties.find import find_ties
+from flax_tied_lora._ties.sources import SAME_ARRAY, Member, TieGroup
+from flax_tied_lora._tree.paths import flatten
 
 
 def with_aliases(params: Any, aliases: Mapping[str, str], ties: Any) -> Any:

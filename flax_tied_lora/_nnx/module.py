@@ -10,18 +10,18 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_tied_lora._adapt import Evaluated, warn_of_unread
-from flax_tied_lora._adapted import Adapted, summary
-from flax_tied_lora._densify import warn_of_dense
-from flax_tied_lora._evaluate import OnDense
-from flax_tied_lora._factors import typed_key
+from flax_tied_lora._adapters.adapted import Adapted, summary
+from flax_tied_lora._interpreter.context import OnDense
+from flax_tied_lora._interpreter.materialised import warn_of_dense
+from flax_tied_lora._interpreter.sites import numbered
 from flax_tied_lora._nnx.calling import run
 from flax_tied_lora._nnx.leaves import aliases_of, params_of, shown_as
-from flax_tied_lora._paths import TiedLeaf, flatten
-from flax_tied_lora._plan import Plan
-from flax_tied_lora._quantized_array import is_quantized
-from flax_tied_lora._sites import numbered
-from flax_tied_lora._wrap import stored_once
+from flax_tied_lora._planning.plan import Plan
+from flax_tied_lora._tree.keys import typed_key
+from flax_tied_lora._tree.paths import TiedLeaf, flatten
+from flax_tied_lora._tree.quantized_array import is_quantized
+from flax_tied_lora._verbs.adapt import Evaluated, warn_of_unread
+from flax_tied_lora._verbs.wrap import stored_once
 
 # What the wrapper itself has; whatever else is asked of it is the module's.
 _OWN = frozenset(

@@ -1,7 +1,4 @@
-"""The parts of `flax_tied_lora.peft`.
+"""A wing: PEFT's adapter files and merged models for PyTorch, in and out.
 
-files.py: a directory with an adapter, read and written. tensors_in.py, headers_in.py: safetensors
-files read, one tensor at a time; tensors_out.py: and written. formats.py: what is in them.
-replacement.py: new files that take the place of old ones together. strict_json.py: JSON from files
-that may hold anything. errors.py: what is raised.
+Knows the adapters, `merge`, `wrap` and names; safetensors. No other wing.
 """

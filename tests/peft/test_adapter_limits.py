@@ -31,7 +31,7 @@ from tests.peft.torch_models import far
 
 pytestmark = [
     pytest.mark.models,
-    pytest.mark.filterwarnings("ignore::flax_tied_lora._tying.WeightTyingWarning"),
+    pytest.mark.filterwarnings("ignore::flax_tied_lora._planning.tying.WeightTyingWarning"),
 ]
 
 

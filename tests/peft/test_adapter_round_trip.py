@@ -34,7 +34,7 @@ from tests.peft.torch_models import far
 
 pytestmark = [
     pytest.mark.models,
-    pytest.mark.filterwarnings("ignore::flax_tied_lora._tying.WeightTyingWarning"),
+    pytest.mark.filterwarnings("ignore::flax_tied_lora._planning.tying.WeightTyingWarning"),
 ]
 # What makes PEFT tie. Of BERT's and RoBERTa's names it knows none, and BART's it trains apart.
 TIED_TARGET = {

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from flax_tied_lora._init import from_weight, orthogonal
+from flax_tied_lora._adapters.init_from_weight import from_weight, orthogonal
 from tests.peft.torch_models import KINDS, NOT_ENSURED, far, peft_warnings
 
 ROWS, COLS, RANK, ALPHA = 24, 14, 4, 6

@@ -16,7 +16,7 @@ from peft.optimizers import create_loraplus_optimizer
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import train
-from flax_tied_lora._plan import AdapterPlan
+from flax_tied_lora._planning.plan import AdapterPlan
 from flax_tied_lora.train import lora_plus
 from tests.peft.torch_models import copy_factors, factors, far, torch_layer, with_peft
 from tests.peft.training import BETAS, train_here, train_there

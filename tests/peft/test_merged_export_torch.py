@@ -16,7 +16,7 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora._peft.merged import save_merged
+from flax_tied_lora._peft.merged.export import save_merged
 from flax_tied_lora.names import names_of, to_state_dict
 from tests.models.families import FAMILIES, TOKENS, random_weights
 from tests.name_tables import TUNIX, tunix_names

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from flax_tied_lora._peft.files import read_adapter, write_adapter
+from flax_tied_lora._peft.adapter.folder import read_adapter, write_adapter
 from tests.damage import CONFIG, WEIGHTS, equal, snapshot
 
 Sources = list[tuple[str, tuple[int, ...], Any, Callable[[], Any]]]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_tied_lora._peft.files import AdapterFileError
+from flax_tied_lora._peft.adapter.folder import AdapterFileError
 from tests.damage import CONFIG, reshard, snapshot
 from tests.peft_files import sample
 from tests.peft_files.sample import FOREIGN, OTHER_TEXT, TEXT, foreign, found, write

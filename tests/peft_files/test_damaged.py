@@ -7,7 +7,7 @@ import json
 import pytest
 from safetensors.numpy import load_file
 
-from flax_tied_lora._peft.files import AdapterFileError, read_adapter
+from flax_tied_lora._peft.adapter.folder import AdapterFileError, read_adapter
 from tests import damage_shards
 from tests.damage import INDEX, WEIGHTS, equal, put, random_damage, reshard, snapshot
 from tests.damage_cases import CASES

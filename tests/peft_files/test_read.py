@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from flax_tied_lora._peft import formats, tensors_in
-from flax_tied_lora._peft.files import AdapterFileError, read_adapter
+from flax_tied_lora._peft.adapter.folder import AdapterFileError, read_adapter
+from flax_tied_lora._peft.files import formats, tensors_in
 from tests.damage import (
     CONFIG,
     SHARDS,

@@ -12,10 +12,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
-from flax_tied_lora._peft import formats, tensors_out
-from flax_tied_lora._peft.files import AdapterFileError, read_adapter, write_adapter
-from flax_tied_lora._peft.tensors_in import open_safetensors
-from flax_tied_lora._peft.tensors_out import write_safetensors
+from flax_tied_lora._peft.adapter.folder import AdapterFileError, read_adapter, write_adapter
+from flax_tied_lora._peft.files import formats, tensors_out
+from flax_tied_lora._peft.files.tensors_in import open_safetensors
+from flax_tied_lora._peft.files.tensors_out import write_safetensors
 from tests.damage import CONFIG, INDEX, WEIGHTS, equal, snapshot
 from tests.peft_files import sample
 from tests.peft_files.sample import TEXT, sources, tensors

@@ -9,6 +9,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 import flax_tied_lora as tied_lora
+from flax_tied_lora._interpreter import registry
 from tests.oracle import array, check, wrapped
 
 TABLE = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"])
@@ -85,7 +86,7 @@ fused.defvjp(
 
 
 def test_rule_for_a_custom_vjp(monkeypatch):
-    monkeypatch.setattr("flax_tied_lora._rules._CUSTOM", {})
+    monkeypatch.setattr("flax_tied_lora._interpreter.registry._CUSTOM", {})
     calls = []
 
     @tied_lora.register_rule(fused)
@@ -103,14 +104,14 @@ def test_rule_for_a_custom_vjp(monkeypatch):
 
 
 def test_rule_that_declines(monkeypatch):
-    monkeypatch.setattr("flax_tied_lora._rules._CUSTOM", {})
+    monkeypatch.setattr("flax_tied_lora._interpreter.registry._CUSTOM", {})
     tied_lora.register_rule(fused, lambda context, equation, x, w: NotImplemented)
     explained = check(lambda p, x: fused(x, table(p)), TABLE, X, on_dense="allow")
     assert served(explained) == [("custom_vjp_call", "dense")]
 
 
 def test_rule_for_a_primitive(monkeypatch):
-    monkeypatch.setattr("flax_tied_lora._rules._RULES", dict(tied_lora._rules._RULES))
+    monkeypatch.setattr("flax_tied_lora._interpreter.registry._RULES", dict(registry._RULES))
     halved = Primitive("halved_product")
     halved.def_impl(lambda x, w: 0.5 * x @ w.T)
     halved.def_abstract_eval(lambda x, w: jax.core.ShapedArray((x.shape[0], w.shape[0]), x.dtype))

@@ -12,13 +12,17 @@ import pytest
 from jax import lax
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora._factor import RANK
-from flax_tied_lora._rules import _wide
+from flax_tied_lora._algebra import logits_product
+from flax_tied_lora._algebra.factor import RANK
 from tests import oracle
 from tests.compiling import as_shipped
 
 VOCABULARY, WIDTH = 96, 4
-FORMS = {"parts": _wide.by_parts, "rank one": _wide.rank_one, "product": _wide.product_added}
+FORMS = {
+    "parts": logits_product.by_parts,
+    "rank one": logits_product.rank_one,
+    "product": logits_product.product_added,
+}
 
 
 def adapted(key: str = "embed", rank: int = 3, **options: Any) -> tied_lora.Adapted:
@@ -31,7 +35,7 @@ def operands(rank: int = 3, tokens: tuple[int, ...] = (4, 6)) -> Any:
     shapes = [(*tokens, VOCABULARY), (*tokens, rank), (VOCABULARY, rank)]
     base, hidden, far = (oracle.array(*shape, seed=i) for i, shape in enumerate(shapes))
     own = tuple(f"x{i}" for i in range(len(tokens)))
-    return _wide.Form((*own, RANK), (0, RANK), (*own, 0), None), base, hidden, far
+    return logits_product.Form((*own, RANK), (0, RANK), (*own, 0), None), base, hidden, far
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
@@ -41,7 +45,7 @@ def test_every_form_is_the_product(form, tokens, first):
     how, base, hidden, far = operands(tokens=tokens)
     expected = base + hidden @ far.T
     if first:
-        how, far = _wide.Form(how.hidden, (RANK, 0), how.order, None), far.T
+        how, far = logits_product.Form(how.hidden, (RANK, 0), how.order, None), far.T
     assert how.flat
     assert jnp.allclose(form(how, base, hidden, far), expected, atol=1e-5)
 
@@ -128,7 +132,7 @@ def test_what_each_platform_is_given(monkeypatch):
         return len(products), text.count("stablehlo.while")
 
     assert made("tpu") == made("cuda") == (2, 0)
-    monkeypatch.setattr(_wide, "MANY", 24)
+    monkeypatch.setattr(logits_product, "MANY", 24)
     jax.clear_caches()
     assert made("tpu") == made("cuda") == (1, 0)
     assert made("cpu") == (1, 1)
@@ -153,14 +157,14 @@ def test_a_loop_of_parts_makes_no_second_array():
         compiled = as_shipped(program.lower(x, w, hidden, far))
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary(_wide.by_parts) <= 0.3 * base.nbytes
-    assert temporary(_wide.product_added) >= base.nbytes
+    assert temporary(logits_product.by_parts) <= 0.3 * base.nbytes
+    assert temporary(logits_product.product_added) >= base.nbytes
 
 
 def test_a_part_is_read_where_it_is_written():
     """A product, and one operation that adds it in place: no copy of the part before it."""
     how, base, hidden, far = operands(tokens=(8, 64))
-    program = jax.jit(functools.partial(_wide.by_parts, how), donate_argnums=0)
+    program = jax.jit(functools.partial(logits_product.by_parts, how), donate_argnums=0)
     text = as_shipped(program.lower(base, hidden, far)).as_text()
     (body,) = re.findall(r"body=%([\w.-]+)", text)
     lines = text.partition(f"%{body} (")[2].partition("\n}")[0].splitlines()

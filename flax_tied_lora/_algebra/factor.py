@@ -1,0 +1,206 @@
+"""Labelled arrays: the factors of a delta, and their product two at a time.
+
+A label says which axis of the weight an array axis is; the rank axis is `RANK`. Every rule that
+rearranges a weight is a function on one `Factor`; every product is `contract`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from flax_tied_lora._tree.sharding import placed_as, split
+
+RANK = "rank"
+
+# The dtypes among which a cast is linear, up to rounding.
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+
+# The label of an array axis: an axis of the weight (int), RANK, or a name for an axis of data.
+Axis = Any
+
+_Cls = TypeVar("_Cls", bound=type)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def pytree(*static: str, dropped: Sequence[str] = ()) -> Callable[[_Cls], _Cls]:
+    """Makes a class a frozen dataclass and a pytree.
+
+    Args:
+      static: names of its static fields.
+      dropped: names of fields that are no part of the pytree: rebuilt, it has their defaults.
+    """
+
+    def decorate(cls: _Cls) -> _Cls:
+        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        data = [f.name for f in dataclasses.fields(cls) if f.name not in {*static, *dropped}]
+        return jax.tree_util.register_dataclass(cls, data, list(static), list(dropped))
+
+    return decorate
+
+
+def accumulator(*dtypes: Any) -> Any:
+    """Returns float32, or what is wider: where arrays of these dtypes are added up."""
+    # Not `jnp.promote_types`: strict promotion refuses bfloat16 beside float32.
+    return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+
+
+def operation_dtype(data: Any, weight: Any) -> Any:
+    """Returns the dtype in which data meets a weight's factors: the wider floating one."""
+    return np.promote_types(data, weight) if np.dtype(data).name in FLOATS else np.dtype(weight)
+
+
+class MixedAxesError(Exception):
+    """Rows and columns would end up in one axis: the factors cannot follow."""
+
+
+@pytree("axes")
+class Factor:
+    """An array whose axes are labelled: by axes of the weight that it is a factor of, or `RANK`.
+
+    A weight axis that no factor has is one along which the product does not vary.
+    """
+
+    array: Any
+    axes: tuple[Axis, ...]
+
+    def size(self, axis: Axis) -> int:
+        return self.array.shape[self.axes.index(axis)]
+
+    def relabel(self, new: Callable[[Axis], Axis]) -> Factor:
+        return Factor(self.array, tuple(a if a == RANK else new(a) for a in self.axes))
+
+    def astype(self, dtype: Any) -> Factor:
+        return Factor(lax.convert_element_type(self.array, dtype), self.axes)
+
+    def ordered(self, order: Sequence[Axis]) -> Factor:
+        """Returns the factor with its axes in the order in which they occur in ``order``."""
+        axes = tuple(a for a in order if a in self.axes)
+        if axes == self.axes:
+            return self
+        return Factor(lax.transpose(self.array, [self.axes.index(a) for a in axes]), axes)
+
+    def spread(self, order: Sequence[Axis], shape: Sequence[int]) -> Array:
+        """Returns the array with all axes of ``order``, repeated along those it lacks."""
+        ordered = self.ordered(order)
+        if len(ordered.axes) == len(order):
+            return ordered.array
+        dims = [i for i, a in enumerate(order) if a in ordered.axes]
+        return lax.broadcast_in_dim(ordered.array, tuple(shape), dims)
+
+    def times(self, scale: Factor) -> Factor:
+        """Returns the product with a factor over some of this one's axes."""
+        shape, dtype = self.array.shape, self.array.dtype
+        wide = accumulator(dtype, scale.array.dtype)
+        other = placed_as(scale.astype(wide).spread(self.axes, shape), self.array)
+        product = self.array.astype(wide) * other
+        return Factor(product.astype(dtype), self.axes)
+
+
+def take(array: Array, ids: Array, axis: int) -> Array:
+    """Returns entries of an array along an axis, under Explicit axes replicated along it."""
+    sharding = split(array)
+    if sharding is None:
+        return jnp.take(array, ids, axis=axis)
+    spec = (None if i == axis else name for i, name in enumerate(sharding.spec))
+    where = (*[slice(None)] * axis, ids)
+    return array.at[where].get(out_sharding=jax.NamedSharding(sharding.mesh, jax.P(*spec)))
+
+
+@dataclasses.dataclass
+class Cost:
+    """What serving a call site symbolically costs beyond the unadapted operation."""
+
+    flops: int = 0
+    bytes: int = 0
+
+    def add_product(self, out: Factor, lhs: Factor, rhs: Factor, accumulate: Any) -> None:
+        """Adds a product's FLOPs, and the bytes of its result before it is cast."""
+        summed = [a for a in lhs.axes if a in rhs.axes and a not in out.axes]
+        self.flops += 2 * out.array.size * math.prod(lhs.size(a) for a in summed)
+        self.bytes += out.array.size * np.dtype(accumulate).itemsize
+
+
+def contract(
+    lhs: Factor, rhs: Factor, keep: Iterable[Axis], *, accumulate: Any, cost: Cost | None = None,
+    precision: Any = None, out_sharding: Any = None,
+) -> Factor:  # fmt: skip
+    """Returns the product of two labelled arrays, summed over shared axes that are not in ``keep``.
+
+    One `lax.dot_general`; the axes of the result are the shared kept ones, then the left operand's,
+    then the right one's.
+
+    Args:
+      accumulate: dtype that the products are added up in, and of the result.
+      precision: as `lax.dot_general` has it.
+      out_sharding: of the result; derived from the operands where the mesh has Explicit axes.
+      cost: what the product costs is added to it, if there is one.
+    """
+    kept = set(keep)
+    axes = product_axes(lhs.axes, rhs.axes, kept)
+    batch = [a for a in lhs.axes if a in rhs.axes and a in kept]
+    summed = [a for a in lhs.axes if a in rhs.axes and a not in kept]
+
+    def where(names: list[Axis]) -> tuple[list[int], list[int]]:
+        return [lhs.axes.index(a) for a in names], [rhs.axes.index(a) for a in names]
+
+    array = lax.dot_general(
+        lhs.array, rhs.array, (where(summed), where(batch)), precision, accumulate,
+        out_sharding=out_sharding or _explicit_sharding(axes, lhs, rhs),
+    )  # fmt: skip
+    out = Factor(array, axes)
+    if cost is not None:
+        cost.add_product(out, lhs, rhs, array.dtype)
+    return out
+
+
+def product_axes(
+    lhs: Sequence[Axis], rhs: Sequence[Axis], keep: Collection[Axis]
+) -> tuple[Axis, ...]:
+    """Returns the axes of what `contract` returns."""
+    shared = [a for a in lhs if a in rhs]
+    return (
+        *(a for a in shared if a in keep),
+        *(a for a in (*lhs, *rhs) if a not in shared),
+    )
+
+
+def _explicit_sharding(axes: Sequence[Axis], *factors: Factor) -> Any:
+    """Returns a product's sharding under Explicit axes: each axis as its operand has it."""
+    mesh, specs = None, {}
+    for factor in factors:
+        if (sharding := split(factor.array)) is not None:
+            mesh = sharding.mesh
+            specs |= {a: s for a, s in zip(factor.axes, sharding.spec, strict=False) if s}
+    if mesh is None:
+        return None
+    taken: set[Any] = set()
+    spec = []
+    for axis in axes:
+        names = specs.get(axis)
+        parts = names if isinstance(names, tuple) else (names,)
+        spec.append(None if names is None or taken & set(parts) else names)
+        taken |= set(parts)
+    return jax.NamedSharding(mesh, jax.P(*spec))
+
+
+def times_chain(x: Factor, first: Factor, second: Factor, keep: Sequence[Axis]) -> bool:
+    """Returns whether ``(x . first) . second`` costs no more than ``(x . second) . first``."""
+
+    def flops(near: Factor, far: Factor) -> int:
+        sizes = {a: n for f in (x, near, far) for a, n in zip(f.axes, f.array.shape, strict=True)}
+        inner = {*x.axes, *near.axes}
+        left = {a for a in inner if a in keep or a in far.axes or a == RANK}
+        return math.prod(sizes[a] for a in inner) + math.prod(
+            sizes[a] for a in left | set(far.axes)
+        )
+
+    return flops(first, second) <= flops(second, first)

@@ -1,0 +1,179 @@
+"""One checkpoint of adapters and of the state of their training."""
+
+from __future__ import annotations
+
+import json
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import orbax.checkpoint as ocp
+
+from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.fingerprint import differences, fingerprint
+from flax_tied_lora._checkpoint.record import orbax_args, read_record, write
+from flax_tied_lora._checkpoint.refit import adapter_templates, fit
+from flax_tied_lora._checkpoint.stored import (
+    CheckpointError,
+    absolute,
+    decode,
+    explained,
+    refuse_tracers,
+    template_of,
+)
+from flax_tied_lora._planning.plan import LORA, Plan
+
+
+class Restored(NamedTuple):
+    """What `restore` returns: ``adapted, opt_state, step, extra``."""
+
+    adapted: Adapted
+    opt_state: Any
+    step: int
+    extra: Any
+
+
+def save(
+    path: Any, adapted: Adapted, *, opt_state: Any = None, step: int = 0, extra: Any = None
+) -> None:
+    """Saves adapters and the state of their training, without the base, as one checkpoint.
+
+    Args:
+      path: directory to make, of a local disk or a cloud bucket. Nothing is there under this name
+        until all is written.
+      adapted: what `wrap` returned, trained or not, with its dropout key if it has one.
+      opt_state: the optimizer's state, or None.
+      step: number of the training step.
+      extra: any other pytree of arrays, typed random keys and numbers: a key, a position in the
+        data. None for nothing.
+
+    Raises:
+      CheckpointError: something exists at ``path``, or a leaf cannot be stored.
+
+    Example::
+
+      checkpoint.save("adapter", adapted, opt_state=state, step=100, extra={"rng": key})
+      adapted, state, step, extra = checkpoint.restore("adapter", params, opt_state=optimizer)
+    """
+    write(path, items_of(adapted, opt_state, step, extra))
+
+
+def restore(
+    path: Any,
+    params: Any,
+    *,
+    opt_state: Any = None,
+    extra: Any = None,
+    sharding: Any = None,
+    check_base: bool = True,
+) -> Restored:
+    """Returns adapters on their base again, and the state of their training.
+
+    Args:
+      path: what `save` wrote, or one step's directory of a `Manager`.
+      params: the base, loaded as it was for `wrap`: tied leaves are stored once again, whatever
+        arrays they come in. Abstract params (`jax.ShapeDtypeStruct`) do, too.
+      opt_state: the optimizer, or a state of it (its arrays' values do not matter); None leaves
+        the saved state alone.
+      extra: a template of what was saved as ``extra``; without one, containers come back as
+        dicts and lists.
+      sharding: where the factors go. None: as `wrap` places them, like their leaf. A
+        `jax.sharding.Mesh`: like their leaf's axes, or those that its box names, on that mesh. A
+        `jax.sharding.Sharding` for all; or a pytree like the adapters, of shardings or of arrays
+        (abstract ones, too) that have one. The optimizer's state follows the factors.
+      check_base: whether ``params`` must be the base that the adapters were trained on.
+
+    Raises:
+      CheckpointError: no checkpoint, a missing or damaged file, a newer format, another base, a
+        plan that does not fit ``params``, the state of another optimizer. Nothing is changed.
+    """
+    path = absolute(path)
+    record, items = read_record(path, "plan", "base", "step")
+    with explained("restore: the plan cannot be read in", path):
+        plan = Plan.from_json(json.dumps(record["plan"]))
+    plan, stored = fit(plan, params, check_base)
+    if check_base:
+        _check_base(path, record["base"], fingerprint(stored, plan), plan)
+    template = template_of(path / "adapted", items["adapted"])
+    saved = template.get("adapters", {})
+    own = adapter_templates(plan, stored, sharding)
+    own = {kind: _as_saved(tree, saved.get(kind)) for kind, tree in own.items()}
+    template = {**template, "adapters": {**saved, **own}}
+    state = decode(path / "adapted", items["adapted"], template)
+    adapted = Adapted(stored, state["adapters"], state["scaling"], state.get("rng"), plan)
+    if isinstance(opt_state, optax.GradientTransformation):
+        opt_state = opt_state.init(adapted.adapters)
+    for name, asked in (("opt_state", opt_state), ("extra", extra)):
+        if asked is not None and name not in items:
+            raise CheckpointError(
+                f"restore: no {name} in {path}, which has {', '.join(sorted(items))}; it was saved "
+                f"without. Leave {name}= out"
+            )
+    if opt_state is not None:
+        opt_state = decode(path / "opt_state", items["opt_state"], opt_state)
+    if "extra" in items:
+        if extra is None:
+            extra = template_of(path / "extra", items["extra"]) if items["extra"] else {}
+        extra = decode(path / "extra", items["extra"], extra)
+    return Restored(adapted, opt_state, record["step"], extra)
+
+
+def items_of(adapted: Any, opt_state: Any, step: Any, extra: Any) -> ocp.args.Composite:
+    if not isinstance(adapted, Adapted):
+        raise CheckpointError(
+            f"save: adapted is a {type(adapted).__name__}; expected an Adapted, as wrap returns it "
+            "(save_params saves plain params)"
+        )
+    with explained("save:", f"step={step!r}", "expected an int of at least 0"):
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError("below 0")
+    with explained("save: adapted does not fit", "its plan", "save stacked adapters one by one"):
+        Adapted.from_variables(adapted.variables(), adapted.plan)
+    state = {"adapters": adapted.adapters, "scaling": adapted.scaling}
+    if adapted.rng is not None:
+        state["rng"] = adapted.rng
+    items = {"adapted": state, "opt_state": opt_state, "extra": extra}
+    for name, tree in {"params": adapted.params, **items}.items():
+        refuse_tracers(name, tree)
+    facts = {
+        "step": step,
+        "plan": json.loads(adapted.plan.to_json()),
+        "base": fingerprint(adapted.params, adapted.plan),
+    }
+    return orbax_args(facts, items)
+
+
+def _check_base(path: Any, saved: Any, given: Any, plan: Plan) -> None:
+    lines = differences(saved, given)
+    if not lines:
+        return
+    remedy = (
+        "Load the base that they were trained on, or pass check_base=False to put them on this one "
+        "all the same"
+    )
+    if any(adapter.residual for _, adapter in plan.adapters(LORA)):
+        remedy = (
+            f"init_lora_weights={plan.config.init_lora_weights!r} took the factors' first values "
+            "out of the base, and they belong on the residual: pass wrap(params, config).params, "
+            "with the same rng as before"
+        )
+    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+    raise CheckpointError(
+        f"restore: these params are not the base of the adapters in {path}: "
+        f"{'; '.join(lines[:3])}{more}. {remedy}"
+    )
+
+
+def _as_saved(factors: Any, saved: Any) -> Any:
+    """Returns the factors' templates in the dtypes that were saved."""
+
+    def one(factor: Any, saved: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(factor.shape, saved.dtype, sharding=factor.sharding)
+
+    leaves, treedef = jax.tree.flatten(factors)
+    dtypes = jax.tree.leaves(saved)
+    if len(dtypes) != len(leaves):
+        return factors  # These are not the plan's factors, as reading them will say.
+    return jax.tree.unflatten(treedef, map(one, leaves, dtypes))

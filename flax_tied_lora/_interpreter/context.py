@@ -1,0 +1,265 @@
+"""What rules may ask of the evaluation that they are part of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+from jax.extend.core import JaxprEqn, Var
+
+from flax_tied_lora._algebra.factor import Cost
+from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION
+from flax_tied_lora._algebra.weight import LowRank, Term, Weight
+from flax_tied_lora._interpreter import registry
+from flax_tied_lora._interpreter.equations import run
+from flax_tied_lora._interpreter.evaluate import evaluate
+from flax_tied_lora._interpreter.materialised import DensifyError, densified
+from flax_tied_lora._interpreter.provenance import Provenance
+from flax_tied_lora._interpreter.sites import (
+    DENSE,
+    DEQUANTISED,
+    CallSite,
+    LeafInfo,
+    Read,
+    module_scope,
+)
+
+OnDense = Literal["warn", "error", "allow"]
+
+
+@dataclasses.dataclass
+class Context:
+    """What rules may ask of the evaluation that they are part of.
+
+    Attributes:
+      on_dense: what to do where a weight has to be added up.
+      leaves: what is known of each leaf.
+      reads: the call sites met so far, in program order.
+      memo: inner programs that were rebuilt already.
+      outside: the name stack outside of the program evaluated.
+      here: the name stack of the current equation within it.
+      provenance: where the values of the program evaluated come from.
+      shown: the names of leaves for which this program has stand-ins.
+    """
+
+    on_dense: OnDense = "warn"
+    leaves: Mapping[str, LeafInfo] = dataclasses.field(default_factory=dict)
+    reads: list[Read] = dataclasses.field(default_factory=list)
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    outside: str = ""
+    here: str = ""
+    provenance: Provenance = dataclasses.field(default_factory=Provenance)
+    shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    # Running
+
+    def run(self, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+        """Returns the outputs of an equation on arrays, run as it stands."""
+        pairs = zip(eqn.invars, operands, strict=True)
+        return run([eqn], {v: x for v, x in pairs if isinstance(v, Var)}, eqn.outvars)
+
+    def apply(self, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+        """Returns the outputs of an equation on arrays and weights."""
+        if any(isinstance(x, Weight) for x in operands):
+            return registry.apply(self, eqn, operands)
+        return self.run(eqn, operands)
+
+    def evaluate(self, function: Callable[..., Any], *operands: Any) -> Any:
+        """Returns ``function(*operands)``, weights among the operands staying symbolic in it."""
+        avals = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Weight) else x for x in operands
+        ]
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*avals)
+        inner = self.inside(reads := [], Provenance())
+        outputs = evaluate(inner, closed.jaxpr, closed.consts, operands)
+        self.met(reads)
+        dense = [self.returned(x) if isinstance(x, Weight) else x for x in outputs]
+        return jax.tree.unflatten(jax.tree.structure(shape), dense)
+
+    def inside(self, reads: list[Read], provenance: Provenance, **changes: Any) -> Context:
+        """Returns the context of a program inside the current equation, with reads of its own."""
+        return dataclasses.replace(
+            self, reads=reads, outside=self.full_scope, here="", provenance=provenance, **changes
+        )
+
+    def met(self, reads: Sequence[Read]) -> None:
+        """Takes over the call sites of a program inside the current equation."""
+        for read in reads:
+            scope = module_scope(self.here, read.site.scope)
+            self.reads.append(
+                dataclasses.replace(read, site=dataclasses.replace(read.site, scope=scope))
+            )
+
+    @property
+    def full_scope(self) -> str:
+        return "/".join(s for s in (self.outside, self.here) if s)
+
+    # Knowing
+
+    def stays_weight(self, operation: str, weight: Weight, indexed: Sequence[int]) -> bool:
+        """Returns whether indexing these axes picks no rows of a table, but layers or columns."""
+        for origin in weight.origins:
+            touched, info = set(origin.on_leaf(indexed)), self.leaves.get(origin.leaf)
+            if info is None:
+                # Nothing is known while a leaf's axes are being found out: what is cut out, or
+                # picked from three axes or more, may still be multiplied with.
+                picks = operation == "gather" and len(weight.shape) < 3
+            elif operation == "gather":
+                picks = not touched <= set(info.batch)
+            else:
+                picks = info.is_table and bool(touched & set(info.rows))
+            if picks:
+                return False
+        return True
+
+    def picks_rows(self, weight: Weight, summed: Sequence[int], operand: Var) -> bool:
+        """Returns whether a product with a weight is a lookup: over a table's rows, or one-hot."""
+        if self.provenance.is_one_hot(operand):
+            return True
+        for origin in weight.origins:
+            info = self.leaves.get(origin.leaf)
+            axes = origin.on_leaf(summed)
+            if info is not None and info.is_table and axes and set(axes) <= set(info.rows):
+                return True
+        return False
+
+    def varying_axes(self, operand: Var) -> tuple[int, ...]:
+        """Returns the axes along which an operand may vary; it is constant along the others."""
+        return self.provenance.varying_axes(operand)
+
+    # Reading
+
+    def read(
+        self, operation: str, weight: Weight, role: Any, *,
+        rows: Sequence[int] = (), cols: Sequence[int] | None = None, batch: Sequence[int] = (),
+    ) -> tuple[tuple[Term, ...], Callable[[Cost], None]]:  # fmt: skip
+        """Returns the terms that are there for a call site, and a function to report its cost with.
+
+        Args:
+          operation: name of the primitive.
+          rows, cols, batch: axes of the weight; ``cols`` is all others by default.
+        """
+        if cols is None:
+            cols = [i for i in range(len(weight.shape)) if i not in (*rows, *batch)]
+        found = LOOKUP if role == OTHER and all(o.picked for o in weight.origins) else role
+        terms = weight.at(self._forward(operation, found, weight), module_scope(self.full_scope))
+        groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
+        cost = Cost()
+        for origin in weight.origins:
+            dims: dict[str, Any] = {}
+            if role != OTHER:
+                dims = {"rows": rows, "cols": cols, "batch": batch}
+                dims = {name: origin.on_leaf(axes) for name, axes in dims.items()}
+            name, kind = operation, role
+            if role == PROJECTION and origin.picked_by == "gather":
+                # What was picked by index is walked in step with the data; where nothing else is
+                # left of it, it was a lookup after all.
+                whole = tuple(sorted({*dims["rows"], *dims["cols"]} - {*origin.picked}))
+                dims = {n: tuple(x for x in a if x not in origin.picked) for n, a in dims.items()}
+                if not dims["cols"]:
+                    name, kind = origin.picked_by, LOOKUP
+                    dims = {"rows": origin.picked, "cols": whole}
+            if role == OTHER and origin.picked:
+                left = tuple(x for held in origin.axes for x in held if x not in origin.picked)
+                name, kind = origin.picked_by, LOOKUP
+                dims = {"rows": origin.picked, "cols": tuple(sorted(set(left)))}
+            scope = module_scope(self.here)
+            site = CallSite(origin.leaf, name, scope=scope, role=kind, **dims)
+            self.reads.append(Read(site, _served(terms), groups))
+        index = len(self.reads) - 1
+
+        def report(spent: Cost) -> None:
+            cost.flops += spent.flops
+            cost.bytes += spent.bytes
+            self.reads[index] = dataclasses.replace(
+                self.reads[index], flops=cost.flops, bytes=cost.bytes
+            )
+
+        return terms, report
+
+    def _forward(self, operation: str, role: Any, weight: Weight) -> Any:
+        """Returns the role of the site that a site in a backward pass belongs to.
+
+        The backward pass of a projection reads as a lookup, as its rows are summed over, and that
+        of a one-hot lookup as a projection. Transposed twice it is what it was; and so is what a
+        checkpoint's backward pass computes again.
+        """
+        if role == OTHER or all(t.sites is None for t in weight.terms):
+            return role
+        scope = self.full_scope
+        turned = scope.count("transpose(") - scope.count("rematted_computation")
+        if turned % 2 == 0 or operation in ("gather", "dynamic_slice"):
+            return role
+        return PROJECTION if role == LOOKUP else LOOKUP
+
+    def dense(self, eqn: JaxprEqn, weight: Weight) -> Any:
+        """Returns a weight added up, and reports it unless there is nothing to add."""
+        return self._added_up(eqn.primitive.name, weight)
+
+    def returned(self, weight: Weight) -> Any:
+        """Returns a weight added up because the function hands it back."""
+        return self._added_up("return", weight)
+
+    def _added_up(self, operation: str, weight: Weight) -> Any:
+        # What was picked and went elsewhere than into a product was a lookup after all.
+        picked = all(o.picked for o in weight.origins)
+        if not picked:
+            self._refuse_separate(operation, weight)
+        terms = weight.at(LOOKUP if picked else OTHER, module_scope(self.full_scope))
+        if picked or _is_plain(weight, terms):
+            if picked or operation != "return":
+                self.read(operation, weight, OTHER)
+        else:
+            self.added_up(operation, weight, terms)
+        return weight.dense(terms)
+
+    def _refuse_separate(self, operation: str, weight: Weight) -> None:
+        """Refuses a site of no known role where adapters are for lookups or for projections."""
+        filters = [t.sites for t in weight.terms if t.sites is not None]
+        if any(f.role or any(other.role for other in f.others) for f in filters):
+            leaf = weight.origins[0].leaf
+            raise ValueError(
+                f"adapt: {self.shown.get(leaf, leaf)!r} has separate adapters for its lookups and "
+                f"its projections, and {operation!r} in {module_scope(self.full_scope)!r} is "
+                "neither. Tie them (ensure_weight_tying=None or True), or write a rule "
+                "(register_rule)"
+            )
+
+    def added_up(self, operation: str, weight: Weight, terms: Sequence[Term]) -> None:
+        """Reports that terms of a weight are added up into an array of its size, or refuses it."""
+        groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
+
+        def read(leaf: str, scope: str) -> Read:
+            site = CallSite(leaf, operation, scope=module_scope(scope), role=OTHER)
+            served = DEQUANTISED if all(t.stored for t in terms) else DENSE
+            return Read(site, served, groups, 0, _bytes(weight))
+
+        self.reads += [read(o.leaf, self.here) for o in weight.origins]
+        if self.on_dense == "error":
+            leaf = weight.origins[0].leaf
+            raise DensifyError(densified(read(self.shown.get(leaf, leaf), self.full_scope)))
+
+
+def _is_plain(weight: Weight, terms: Sequence[Term]) -> bool:
+    return len(terms) == 1 and terms[0].whole and weight.scale is None
+
+
+def _served(terms: Sequence[Term]) -> str:
+    """Returns how a call site is served by terms that need not be added up."""
+    adapters = [t for t in terms if t.group]
+    if any(isinstance(t, LowRank) for t in adapters):
+        return "low rank"
+    if any(not t.whole for t in adapters):
+        return "rows"
+    if adapters:
+        return "copy"
+    return "quantised" if any(t.stored for t in terms) else "plain"
+
+
+def _bytes(weight: Weight) -> int:
+    size = jax.numpy.dtype(weight.dtype).itemsize
+    for n in weight.shape:
+        size *= n
+    return size

@@ -1,0 +1,230 @@
+"""Operations that carry a program inside: the program is evaluated with symbolic weights.
+
+The equation itself is kept: its operands and its inner jaxpr are replaced, nothing is called
+again through its public function, so that a differentiated `checkpoint` keeps its barriers and a
+layer that is called six times stays one function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr
+
+from flax_tied_lora._algebra.weight import Dense, Weight
+from flax_tied_lora._interpreter.inner import (
+    Rebuilt,
+    avals_of,
+    evaluate_inner,
+    flatten,
+    handed_back,
+    hidden_names,
+    met,
+    one_hot_operands,
+    rebuild,
+    run_with,
+    shown,
+    shown_by,
+)
+from flax_tied_lora._interpreter.provenance import Provenance
+from flax_tied_lora._interpreter.registry import rule
+from flax_tied_lora._interpreter.sites import Read
+
+
+@functools.cache
+def _unspecified() -> Any:
+    """Returns JAX's mark for a sharding that `jax.jit` was not told."""
+    eqn = jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0]
+    return eqn.params["in_shardings"][0]
+
+
+@rule("jit", "pjit")
+def jit(context, eqn, *operands):
+    inner, (hidden, names) = eqn.params["jaxpr"], hidden_names(operands)
+    hot = one_hot_operands(context, eqn)
+    built = rebuild(
+        context, ("jit", inner, hot), lambda c, *xs: (evaluate_inner(c, inner, hot, xs), None),
+        hidden, avals_of(hidden, inner.jaxpr.invars), names,
+    )  # fmt: skip
+    met(context, built.reads, names)
+    flat, _ = flatten(hidden)
+    unspecified = _unspecified()
+
+    def repeated(values: Sequence[Any], xs: Sequence[Any], other: Any) -> tuple[Any, ...]:
+        """A parameter for each part: the dense part keeps the weight's, the factors have none."""
+        return tuple(
+            value if not isinstance(x, Weight) or dense else other
+            for value, x in zip(values, xs, strict=True)
+            for dense in (_dense_parts(x) if isinstance(x, Weight) else [True])
+        )
+
+    outs = jax.tree.unflatten(built.outputs, built.jaxpr.out_avals)
+    changes = {}
+    for name, xs, other in (
+        ("in_shardings", hidden, unspecified), ("in_layouts", hidden, None),
+        ("out_shardings", outs, unspecified), ("out_layouts", outs, None),
+    ):  # fmt: skip
+        if name in eqn.params:
+            changes[name] = repeated(eqn.params[name], xs, other)
+    # Parts of a weight are shared with other call sites: never donated.
+    changes["donated_invars"] = tuple(
+        given and not isinstance(x, Weight)
+        for given, x in zip(eqn.params["donated_invars"], hidden, strict=True)
+        for _ in (jax.tree.leaves(x) if isinstance(x, Weight) else [x])
+    )
+    results = run_with(
+        context, eqn, flat, built.jaxpr.out_avals, jaxpr=built.jaxpr,
+        effects=built.jaxpr.effects, **changes,
+    )  # fmt: skip
+    results = shown(jax.tree.unflatten(built.outputs, results), names)
+    return _forwarded(inner.jaxpr, operands, results)
+
+
+def _forwarded(jaxpr: Jaxpr, operands: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+    """Returns results, a weight that was merely handed through being the one that went in."""
+    positions = {v: i for i, v in enumerate(jaxpr.invars)}
+    return [
+        operands[positions[v]] if isinstance(x, Weight) and v in positions else x
+        for v, x in zip(jaxpr.outvars, results, strict=True)
+    ]
+
+
+def _dense_parts(weight: Weight) -> list[bool]:
+    flags = [
+        isinstance(term, Dense) for term in weight.terms for _ in jax.tree.leaves(term)
+    ]  # fmt: skip
+    return flags + [False] * len(jax.tree.leaves(weight.scale))
+
+
+@rule("checkpoint", "remat", "remat2")
+def checkpoint(context, eqn, *operands):
+    inner, (hidden, names) = eqn.params["jaxpr"], hidden_names(operands)
+    hot = one_hot_operands(context, eqn)
+    built = rebuild(
+        context, ("checkpoint", inner, hot),
+        lambda c, *xs: (evaluate_inner(c, ClosedJaxpr(inner, ()), hot, xs), None),
+        hidden, avals_of(hidden, inner.invars), names,
+    )  # fmt: skip
+    met(context, built.reads, names)
+    flat, _ = flatten(hidden)
+    opened, consts = _opened(built.jaxpr)
+    results = run_with(
+        context, eqn, [*consts, *flat], built.jaxpr.out_avals, jaxpr=opened, effects=opened.effects
+    )
+    return _forwarded(inner, operands, shown(jax.tree.unflatten(built.outputs, results), names))
+
+
+def _opened(closed: ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """Returns a jaxpr that takes its constants as its first operands, and the constants."""
+    jaxpr = closed.jaxpr
+    info = DebugInfo("checkpoint", "tied_lora", None, None)
+    opened = Jaxpr(
+        (), [*jaxpr.constvars, *jaxpr.invars], jaxpr.outvars, jaxpr.eqns, jaxpr.effects, info
+    )
+    return opened, closed.consts
+
+
+@rule("cond")
+def cond(context, eqn, index, *operands):
+    branches, (hidden, names) = eqn.params["branches"], hidden_names(operands)
+    hot = one_hot_operands(context, eqn, skip=1)
+    avals = avals_of(hidden, branches[0].jaxpr.invars)
+    flat, _ = flatten(hidden)
+
+    def build(symbolic: tuple[bool, ...]) -> list[Rebuilt]:
+        def body(branch: Any, c: Any, *xs: Any) -> tuple[list[Any], Any]:
+            outs = zip(evaluate_inner(c, branch, hot, xs), symbolic, strict=True)
+            return [x if keep else handed_back(c, [x])[0] for x, keep in outs], None
+
+        return [
+            rebuild(
+                context, ("cond", branch, hot, symbolic), functools.partial(body, branch),
+                hidden, avals, names,
+            )
+            for branch in branches
+        ]  # fmt: skip
+
+    # A result stays a weight where all branches make one of the same structure.
+    probes = [
+        jax.tree.unflatten(b.outputs, b.jaxpr.out_avals)
+        for b in build((True,) * len(branches[0].jaxpr.outvars))
+    ]
+    symbolic = tuple(_alike(outs) for outs in zip(*probes, strict=True))
+    built = build(symbolic)
+    for b in built:
+        met(context, b.reads, names)
+    results = run_with(
+        context, eqn, [index, *flat], built[0].jaxpr.out_avals,
+        branches=tuple(b.jaxpr for b in built),
+        effects=frozenset().union(*(b.jaxpr.effects for b in built)),
+    )  # fmt: skip
+    return shown(jax.tree.unflatten(built[0].outputs, results), names)
+
+
+def _alike(values: Sequence[Any]) -> bool:
+    if not all(isinstance(v, Weight) for v in values):
+        return not any(isinstance(v, Weight) for v in values)
+    first, *others = (jax.tree.flatten(v) for v in values)
+    return all(first == other for other in others)
+
+
+@rule("shard_map")
+def shard_map(context, eqn, *operands):
+    p, (hidden, names) = eqn.params, hidden_names(operands)
+    axes = "newly_manual_axes" if "newly_manual_axes" in p else "manual_axes"  # the older name
+    reads: list[Read] = []
+    inner = context.inside(
+        reads, Provenance(),
+        leaves={h: context.leaves[n] for n, h in names.stand_ins.items() if n in context.leaves},
+        shown=shown_by(context, names),
+    )  # fmt: skip
+    hot = one_hot_operands(context, eqn)
+    if not p["check_vma"] and any(isinstance(x, Weight) and x.keyed for x in operands):
+        raise ValueError(
+            "adapt: dropout is on inside a shard_map with check_vma=False, where it is not known "
+            "which devices hold the same data and so need the same mask; use check_vma=True, or "
+            "turn dropout off with adapted.eval()"
+        )
+
+    def body(*xs: Any) -> list[Any]:
+        shapes = [tuple(v.aval.shape) for v in p["jaxpr"].invars]
+        local = [
+            x.replace(shape=s) if isinstance(x, Weight) else x
+            for x, s in zip(xs, shapes, strict=True)
+        ]
+        reads.clear()
+        return handed_back(inner, evaluate_inner(inner, ClosedJaxpr(p["jaxpr"], ()), hot, local))
+
+    specs = [
+        _specs(x, spec) if isinstance(x, Weight) else spec
+        for x, spec in zip(hidden, p["in_specs"], strict=True)
+    ]
+    outputs = jax.shard_map(
+        body, mesh=p["mesh"], in_specs=tuple(specs), out_specs=list(p["out_specs"]),
+        axis_names=set(p[axes]), check_vma=p["check_vma"],
+    )(*hidden)  # fmt: skip
+    met(context, reads, names)
+    return outputs
+
+
+def _specs(weight: Weight, spec: Any) -> Weight:
+    """Returns a weight with specs in place of arrays: each factor axis as the weight's."""
+    whole = (*spec, *[None] * (len(weight.shape) - len(spec)))
+    dense: Any = jax.P(*whole)
+    marked = weight.rearrange(
+        jax.ShapeDtypeStruct(weight.shape, weight.dtype),
+        lambda array: dense,
+        lambda factor: dataclasses.replace(
+            factor, array=jax.P(*(whole[a] if isinstance(a, int) else None for a in factor.axes))
+        ),
+        [(i,) for i in range(len(weight.shape))],
+    )
+    return jax.tree.map(
+        lambda x: x if isinstance(x, jax.P) else jax.P(),
+        marked,
+        is_leaf=lambda x: isinstance(x, jax.P),
+    )

@@ -1,0 +1,282 @@
+"""Operations that only rearrange a weight: it stays symbolic, its factors follow.
+
+A rule here is what the operation does to one `Factor`, an array with some of the weight's axes, and
+for each axis of the result the weight axes that it holds. The dense term runs the equation itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_tied_lora._algebra.factor import FLOATS, RANK, Cost, Factor, MixedAxesError
+from flax_tied_lora._algebra.site_filter import PROJECTION
+from flax_tied_lora._algebra.weight import LowRank, Weight
+from flax_tied_lora._interpreter.registry import rule
+from flax_tied_lora._tree.sharding import vary
+
+Axes = Sequence[Sequence[int]]
+
+
+def same_axes(eqn: Any) -> Axes:
+    return [(i,) for i in range(eqn.invars[0].aval.ndim)]
+
+
+def _layout(*names: str, axes: Callable[[Any], Axes] = same_axes) -> Callable[[Any], Any]:
+    """Makes a rule of what an operation does to a factor: ``move(factor, equation, *others)``."""
+
+    def decorate(move: Callable[..., Factor]) -> Callable[..., Factor]:
+        @rule(*names)
+        def apply(context, eqn, weight, *others):
+            if not isinstance(weight, Weight) or any(isinstance(x, Weight) for x in others):
+                return NotImplemented
+            return [
+                weight.rearrange(
+                    eqn.outvars[0].aval,
+                    lambda array: context.run(eqn, [array, *others])[0],
+                    lambda factor: move(factor, eqn, *others),
+                    axes(eqn),
+                )
+            ]
+
+        return move
+
+    return decorate
+
+
+@_layout("transpose", axes=lambda eqn: [(p,) for p in eqn.params["permutation"]])
+def transpose(factor: Factor, eqn: Any) -> Factor:
+    return factor.relabel(list(eqn.params["permutation"]).index)
+
+
+def _kept(eqn: Any) -> list[int]:
+    return [i for i in range(eqn.invars[0].aval.ndim) if i not in eqn.params["dimensions"]]
+
+
+@_layout("squeeze", axes=lambda eqn: [(i,) for i in _kept(eqn)])
+def squeeze(factor: Factor, eqn: Any) -> Factor:
+    return drop(factor, eqn.params["dimensions"]).relabel(_kept(eqn).index)
+
+
+def drop(factor: Factor, axes: Sequence[int]) -> Factor:
+    """Returns a factor without the axes named, which have size 1."""
+    present = [i for i, a in enumerate(factor.axes) if a in axes and a != RANK]
+    labels = tuple(a for i, a in enumerate(factor.axes) if i not in present)
+    return Factor(lax.squeeze(factor.array, present), labels) if present else factor
+
+
+def _broadcast_axes(eqn: Any) -> Axes:
+    dims = eqn.params["broadcast_dimensions"]
+    return [(dims.index(o),) if o in dims else () for o in range(len(eqn.params["shape"]))]
+
+
+@_layout("broadcast_in_dim", axes=_broadcast_axes)
+def broadcast_in_dim(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
+    if dynamic_shape:
+        raise MixedAxesError
+    dims, shape, operand = (
+        eqn.params["broadcast_dimensions"], eqn.params["shape"], eqn.invars[0].aval.shape,
+    )  # fmt: skip
+    # A factor that lacks an axis does not vary along it, so it need not be repeated.
+    grown = [i for i, d in enumerate(dims) if operand[i] != shape[d]]
+    return drop(factor, grown).relabel(lambda axis: dims[axis])
+
+
+def _reshape_groups(eqn: Any) -> list[tuple[list[int], list[int]]]:
+    """Returns the finest ``(operand axes, result axes)`` that a reshape maps onto one another."""
+    before, after = _permuted(eqn), eqn.outvars[0].aval.shape
+    groups, i, o = [], 0, 0
+    while i < len(before) or o < len(after):
+        ins, outs = [], []
+        while not (ins or outs) or math.prod(before[k] for k in ins) != math.prod(
+            after[k] for k in outs
+        ):
+            size_in, size_out = math.prod(before[k] for k in ins), math.prod(after[k] for k in outs)
+            if i < len(before) and (size_in <= size_out or o == len(after)):
+                ins.append(i)
+                i += 1
+            elif o < len(after):
+                outs.append(o)
+                o += 1
+            else:
+                raise MixedAxesError  # an axis of size 0
+        groups.append((ins, outs))
+    return groups
+
+
+def _order(eqn: Any) -> list[int]:
+    """Returns the order in which a reshape takes the axes of its operand: `vmap` changes it."""
+    dimensions = eqn.params.get("dimensions")
+    return list(range(eqn.invars[0].aval.ndim) if dimensions is None else dimensions)
+
+
+def _permuted(eqn: Any) -> list[int]:
+    return [eqn.invars[0].aval.shape[i] for i in _order(eqn)]
+
+
+def _reshape_axes(eqn: Any) -> Axes:
+    held: list[Sequence[int]] = [()] * eqn.outvars[0].aval.ndim
+    order = _order(eqn)
+    for ins, outs in _reshape_groups(eqn):
+        for o in outs:
+            held[o] = [order[i] for i in ins]
+    return held
+
+
+@_layout("reshape", axes=_reshape_axes)
+def reshape(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
+    if dynamic_shape:
+        raise MixedAxesError
+    before, after = _permuted(eqn), eqn.outvars[0].aval.shape
+    factor = factor.relabel(_order(eqn).index)
+    labels: list[Any] = []
+    unit: list[int] = []
+    for ins, outs in _reshape_groups(eqn):
+        present = [i for i in ins if i in factor.axes and before[i] != 1]
+        unit += [i for i in ins if before[i] == 1]
+        if not present:
+            continue
+        if any(before[i] != 1 for i in ins if i not in present):
+            raise MixedAxesError  # rows and columns in one axis
+        labels += outs
+    factor = drop(factor, unit)
+    sources = sorted(a for a in factor.axes if a != RANK)
+    if RANK not in factor.axes:
+        order = sources
+    elif factor.axes[0] == RANK:
+        order, labels = [RANK, *sources], [RANK, *labels]
+    else:
+        order, labels = [*sources, RANK], [*labels, RANK]
+    shape = [factor.size(RANK) if o == RANK else after[o] for o in labels]
+    return Factor(lax.reshape(factor.ordered(order).array, shape), tuple(labels))
+
+
+@_layout("slice")
+def slice_(factor: Factor, eqn: Any) -> Factor:
+    p, ndim = eqn.params, eqn.invars[0].aval.ndim
+    strides = p["strides"] or (1,) * ndim
+    bounds = [
+        (0, n, 1) if a == RANK else (p["start_indices"][a], p["limit_indices"][a], strides[a])
+        for a, n in zip(factor.axes, factor.array.shape, strict=True)
+    ]
+    starts, limits, steps = zip(*bounds, strict=True) if bounds else ((), (), ())
+    return Factor(lax.slice(factor.array, starts, limits, steps), factor.axes)
+
+
+@rule("reduce_sum")
+def reduce_sum(context, eqn, weight):
+    """Summed over axes that one factor has: that factor is summed."""
+    axes = eqn.params["axes"]
+    weight = weight.folded()
+    for term in weight.terms:
+        if not isinstance(term, LowRank):
+            if not term.whole:
+                return NotImplemented
+        elif any((i in term.a.axes) == (i in term.b.axes) for i in axes):
+            return NotImplemented
+
+    def move(factor: Factor) -> Factor:
+        own = [i for i, a in enumerate(factor.axes) if a in axes]
+        left = tuple(a for a in factor.axes if a not in axes)
+        return Factor(jnp.sum(factor.array, axis=own), left).relabel(kept.index)
+
+    def summed(weight: Weight) -> Weight:
+        return weight.rearrange(
+            eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], move, [(i,) for i in kept]
+        )
+
+    kept = [i for i in range(len(weight.shape)) if i not in axes]
+    out = summed(weight)
+    if any(isinstance(t, LowRank) and (RANK,) in (t.a.axes, t.b.axes) for t in out.terms):
+        # All rows, or all columns: a product with ones, whose result is data.
+        terms, read = context.read(eqn.primitive.name, weight, PROJECTION, rows=axes)
+        read(Cost())
+        return [summed(weight.replace(terms=terms)).dense()]
+    return [out]
+
+
+@rule("tile")
+def tile(context, eqn, weight):
+    def move(factor: Factor) -> Factor:
+        own = [1 if a == RANK else eqn.params["reps"][a] for a in factor.axes]
+        return Factor(jnp.tile(factor.array, own), factor.axes)
+
+    out = weight.rearrange(
+        eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], move, same_axes(eqn)
+    )
+    return [out.replace(terms=tuple(t.repeated() for t in out.terms))]
+
+
+@_layout("rev")
+def rev(factor: Factor, eqn: Any) -> Factor:
+    dims = [i for i, a in enumerate(factor.axes) if a in eqn.params["dimensions"]]
+    return Factor(lax.rev(factor.array, dims), factor.axes)
+
+
+@rule("convert_element_type")
+def convert_element_type(context, eqn, weight):
+    new = jnp.dtype(eqn.params["new_dtype"])
+    if new.name not in FLOATS or jnp.dtype(weight.dtype).name not in FLOATS:
+        return NotImplemented
+    cast = weight.rearrange(
+        eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], lambda f: f, same_axes(eqn)
+    )
+    return [cast.replace(dtype=new)]
+
+
+def _each_array(context, eqn, weight):
+    """Runs an equation that does the same to any array on each array of the weight."""
+    out = jax.tree.map(
+        lambda a: a if jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+        else eqn.primitive.bind(a, **eqn.params)[0] if eqn.primitive.multiple_results
+        else eqn.primitive.bind(a, **eqn.params),
+        weight,
+    )  # fmt: skip
+    return [out]
+
+
+rule("copy", "copy_p", "stop_gradient", "pcast", "name")(_each_array)
+
+
+@rule("pvary")
+def pvary(context, eqn, weight):
+    """Each array varies over the mesh axes that are named; some may do so already."""
+    return [jax.tree.map(lambda a: vary(a, eqn.params["axes"]), weight)]
+
+
+@rule("optimization_barrier")
+def optimization_barrier(context, eqn, *operands):
+    return lax.optimization_barrier(list(operands))
+
+
+@rule("sharding_constraint", "reshard")
+def sharding_constraint(context, eqn, weight):
+    """Each factor goes where the weight's axes that it has go; its rank axis is replicated."""
+    name = "sharding" if "sharding" in eqn.params else "dst_sharding"
+    sharding = eqn.params[name]
+    spec = getattr(sharding, "spec", None)
+    if spec is None:
+        return NotImplemented
+    whole = (*spec, *[None] * (len(weight.shape) - len(spec)))
+
+    def to(array: Any, axes: Sequence[Any]) -> Any:
+        own = jax.P(*(None if a == RANK else whole[a] for a in axes))
+        params = {**eqn.params, name: jax.NamedSharding(sharding.mesh, own)}
+        if free := eqn.params.get("unconstrained_dims"):
+            params["unconstrained_dims"] = {i for i, a in enumerate(axes) if a in free}
+        return eqn.primitive.bind(array, **params)
+
+    placed = weight.rearrange(
+        eqn.outvars[0].aval,
+        lambda array: context.run(eqn, [array])[0],
+        lambda factor: Factor(to(factor.array, factor.axes), factor.axes),
+        same_axes(eqn),
+    )
+    if eqn.primitive.name == "reshard":  # scalars too must be of the mesh that it moves to
+        placed = jax.tree.map(lambda a: a if a.ndim else to(a, ()), placed)
+    return [placed]

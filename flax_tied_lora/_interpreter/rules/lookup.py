@@ -1,0 +1,227 @@
+"""Operations that pick rows of a weight by index: lookups, and indexing into stacked weights.
+
+Both factors are indexed as the weight is, each along the axes that it has. Where only one of them
+is indexed, rows are picked and the product is small: it is added up on the spot. Where both are
+(layers, experts), what was picked is a weight again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from flax_tied_lora._algebra.factor import RANK, Cost, Factor, accumulator
+from flax_tied_lora._algebra.site_filter import LOOKUP
+from flax_tied_lora._algebra.weight import Dense, LowRank, Weight, add
+from flax_tied_lora._interpreter.registry import rule
+from flax_tied_lora._tree.sharding import single
+
+
+@rule("gather")
+def gather(context, eqn, weight, indices):
+    if not isinstance(weight, Weight) or isinstance(indices, Weight):
+        return NotImplemented
+    if weight.scale is not None and not _survives(eqn.params["fill_value"]):
+        weight = weight.folded()  # what is filled in is not scaled
+    dims = eqn.params["dimension_numbers"]
+    batch = _batch_positions(eqn)
+    indexed = [a for a in dims.start_index_map if not _is_whole(eqn, a)]
+    picked = (*indexed, *dims.operand_batching_dims)
+    held: list[Sequence[int]] = [()] * eqn.outvars[0].aval.ndim
+    for position in batch:
+        held[position] = picked
+    for axis, position in _offset_positions(eqn).items():
+        held[position] = (axis,)
+    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        for term in weight.terms:
+            if not (term.whole or term.stored) and set(indexed) - term.factor_axes():
+                return NotImplemented  # the delta is constant there, and 0 where the index is out
+    # Beside axes of which one entry is picked, a window over others is a choice of columns.
+    rows = [a for a in indexed if a in dims.collapsed_slice_dims] or indexed
+    return _pick(
+        context, eqn, weight, indexed, rows, dims.operand_batching_dims,
+        lambda array: context.run(eqn, [array, indices])[0],
+        lambda factor: _gather_factor(factor, eqn, indices),
+        held,
+    )  # fmt: skip
+
+
+def _survives(fill: Any) -> bool:
+    """Returns whether a fill value is the same times any scale."""
+    return fill is None or fill == 0 or bool(fill != fill)
+
+
+def _is_whole(eqn: Any, axis: int) -> bool:
+    """Returns whether a gather takes all of an axis wherever its index points."""
+    clamped = eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+    return clamped and eqn.params["slice_sizes"][axis] == eqn.invars[0].aval.shape[axis]
+
+
+@rule("dynamic_slice")
+def dynamic_slice(context, eqn, weight, *starts):
+    if not isinstance(weight, Weight):
+        return NotImplemented
+    sizes = eqn.params["slice_sizes"]
+    cut = [i for i, n in enumerate(weight.shape) if sizes[i] != n]
+
+    def move(factor: Factor) -> Factor:
+        own = [starts[0] * 0 if a == RANK else starts[a] for a in factor.axes]
+        shape = [factor.size(RANK) if a == RANK else sizes[a] for a in factor.axes]
+        return Factor(lax.dynamic_slice(factor.array, own, shape), factor.axes)
+
+    return _pick(
+        context, eqn, weight, cut, cut, (),
+        lambda array: context.run(eqn, [array, *starts])[0], move,
+        [(i,) for i in range(len(weight.shape))],
+    )  # fmt: skip
+
+
+def _pick(
+    context: Any, eqn: Any, weight: Weight, indexed: Sequence[int], rows: Sequence[int],
+    batch: Sequence[int], run: Any, move: Any, held: Any,
+):  # fmt: skip
+    aval = eqn.outvars[0].aval
+    if not indexed:
+        return [weight.rearrange(aval, run, move, held)]
+    if context.stays_weight(eqn.primitive.name, weight, indexed):
+        origins = tuple(
+            dataclasses.replace(o, picked=o.on_leaf(rows), picked_by=eqn.primitive.name)
+            for o in weight.origins
+        )
+        picked = weight.replace(origins=origins).rearrange(aval, run, move, held)
+        return [picked.replace(terms=tuple(t.repeated() for t in picked.terms))]
+    terms, read = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
+    accumulate = accumulator(aval.dtype)
+    cost, parts, low_rank = Cost(), [], False
+    for term in terms:
+        if isinstance(term, Dense) and term.turned is not None:
+            # From where it is stored: its transpose may be a copy of the whole of it.
+            found = move(Factor(term.turned, (1, 0))).spread(range(aval.ndim), aval.shape)
+            parts.append(_filled(found, eqn, weight, indexed, move))
+            continue
+        moved = term.rearrange(run, move)
+        if isinstance(moved, Dense):
+            parts.append(moved.array)
+        elif isinstance(moved, LowRank):
+            low_rank = True
+            cast = LowRank(
+                moved.a.astype(aval.dtype),
+                moved.b.astype(aval.dtype),
+                moved.scaling,
+                None,
+                moved.group,
+            )
+            parts.append(_product(cast, aval, cost))
+        else:
+            found = moved.dense(aval.shape, accumulate)
+            parts.append(_filled(found, eqn, weight, indexed, move) if term.stored else found)
+    scale = None if weight.scale is None else move(weight.scale)
+    if len(parts) == 1 and scale is None and not low_rank:
+        return [lax.convert_element_type(parts[0], aval.dtype)]
+    out = add([lax.convert_element_type(p, accumulate) for p in parts])
+    if scale is not None:
+        out *= scale.astype(accumulate).spread(range(aval.ndim), aval.shape)
+    read(cost)
+    return [lax.convert_element_type(out, aval.dtype)]
+
+
+def _product(term: LowRank, aval: Any, cost: Cost) -> Array:
+    """Returns the delta of what was picked, [..., columns], over one axis of tokens if it can be.
+
+    XLA for the CPU copies what a factor's gradient is summed of over two; over one it does not.
+    """
+    count = aval.ndim - 1
+    picked, other = (term.a, term.b) if 0 in term.a.axes else (term.b, term.a)
+    alone = picked.axes == (*range(count), RANK) and {*other.axes} == {count, RANK}
+    if count < 2 or not alone or not single(picked.array):
+        return term.product(range(aval.ndim), aval.shape, aval.dtype, cost)
+    rows = Factor(picked.array.reshape(-1, picked.size(RANK)), (0, RANK))
+    flat = LowRank(rows, other.relabel(lambda _: 1), term.scaling, None, term.group)
+    shape = (rows.size(0), other.size(count))
+    return flat.product(range(2), shape, aval.dtype, cost).reshape(aval.shape)
+
+
+def _filled(array: Array, eqn: Any, weight: Weight, indexed: Sequence[int], move: Any) -> Array:
+    """Returns what was picked with the fill value where an index is out of bounds."""
+    if eqn.params.get("mode") != lax.GatherScatterMode.FILL_OR_DROP:
+        return array
+    shape = [weight.shape[a] for a in indexed]
+    inside = move(Factor(jnp.ones(shape, jnp.int8), tuple(indexed)))
+    fill = eqn.params["fill_value"]
+    fill = jnp.full(array.shape, jnp.nan if fill is None else fill, array.dtype)
+    return lax.select(inside.spread(range(array.ndim), array.shape) > 0, array, fill)
+
+
+def _batch_positions(eqn: Any) -> list[int]:
+    offsets = eqn.params["dimension_numbers"].offset_dims
+    return [i for i in range(eqn.outvars[0].aval.ndim) if i not in offsets]
+
+
+def _offset_positions(eqn: Any) -> dict[int, int]:
+    """Returns, for each operand axis that the result keeps, its position there."""
+    dims = eqn.params["dimension_numbers"]
+    gone = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
+    kept = [i for i in range(eqn.invars[0].aval.ndim) if i not in gone]
+    return dict(zip(kept, dims.offset_dims, strict=True))
+
+
+def _gather_factor(factor: Factor, eqn: Any, indices: Array) -> Factor:
+    """Returns a factor indexed as the weight is, along the axes that the factor has."""
+    p = eqn.params
+    dims, sizes = p["dimension_numbers"], p["slice_sizes"]
+    offsets = _offset_positions(eqn)
+    here = factor.axes
+    columns = [
+        k
+        for k, axis in enumerate(dims.start_index_map)
+        if axis in here and not _is_whole(eqn, axis)
+    ]
+    pairs = [
+        (axis, k)
+        for axis, k in zip(
+            dims.operand_batching_dims, dims.start_indices_batching_dims, strict=True
+        )
+        if axis in here
+    ]
+    pairs.sort(key=lambda pair: here.index(pair[0]))
+    own = [factor.size(RANK) if a == RANK else sizes[a] for a in here]
+    positions = {**offsets, RANK: RANK}
+    batch = _batch_positions(eqn)
+    if not columns:
+        # Nothing to pick from: axes walked in step with the indices are axes of the result.
+        positions |= {axis: batch[k] for axis, k in pairs}
+        own = [factor.size(a) if a in dict(pairs) else n for a, n in zip(here, own, strict=True)]
+        cut = lax.slice(factor.array, [0] * len(own), own)
+        gone = [i for i, a in enumerate(here) if a not in positions]
+        return Factor(lax.squeeze(cut, gone), tuple(positions[a] for a in here if a in positions))
+    kept = [positions[a] for a in here if a in positions]
+    if len(columns) < len(dims.start_index_map):
+        indices = jnp.stack([indices[..., k] for k in columns], axis=-1)
+    whole = len(columns) == len(dims.start_index_map) and len(pairs) == len(
+        dims.operand_batching_dims
+    )
+    start = indices.ndim - 1
+    array = lax.gather(
+        factor.array,
+        indices,
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(start, start + len(kept))),
+            collapsed_slice_dims=tuple(
+                sorted(here.index(a) for a in dims.collapsed_slice_dims if a in here)
+            ),
+            start_index_map=tuple(here.index(dims.start_index_map[k]) for k in columns),
+            operand_batching_dims=tuple(here.index(a) for a, _ in pairs),
+            start_indices_batching_dims=tuple(k for _, k in pairs),
+        ),
+        tuple(own),
+        unique_indices=p["unique_indices"] and whole,
+        indices_are_sorted=p["indices_are_sorted"] and whole,
+        mode=p["mode"],
+        # Where an index is out of bounds the weight's own fill value stands, so the delta is 0.
+        fill_value=0,
+    )
+    return Factor(array, (*batch, *kept))

@@ -1,0 +1,1 @@
+"""PEFT's adapter folders: written, and read back."""

@@ -1,0 +1,210 @@
+"""A directory with a LoRA adapter as PEFT 0.21.2 writes it: ``adapter_config.json`` and tensors.
+
+The config here is the JSON object that is in the file, and the tensors have PyTorch's names and
+layouts; what they mean is for `flax_tied_lora.peft`. A pickle is never opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flax_tied_lora._peft.files.errors import AdapterFileError, listed, operating_system, shown
+from flax_tied_lora._peft.files.replacement import INCOMPLETE, REPLACED
+from flax_tied_lora._peft.files.strict_json import parse_object, read_object
+from flax_tied_lora._peft.files.tensors_in import Tensors, open_safetensors
+from flax_tied_lora._peft.files.tensors_out import write_safetensors
+
+__all__ = ["AdapterFileError", "AdapterFiles", "Tensors", "read_adapter", "write_adapter"]
+
+CONFIG = "adapter_config.json"
+STEM = "adapter_model"
+PICKLE = "adapter_model.bin"
+# A config that lists every token and every layer of a large model has a few million bytes.
+MAX_CONFIG = 10_000_000
+_TRIES = 3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdapterFiles:
+    """An adapter as it stands in its files; a ``with`` closes them.
+
+    Attributes:
+      directory: where it was read.
+      config: what ``adapter_config.json`` holds; its ``peft_type`` is ``"LORA"``.
+      tensors: the tensors under the names that they have in the files.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: Tensors
+
+    def __enter__(self) -> AdapterFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tensors.close()
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
+    """Returns a directory's adapter, the config read and checked, the tensors not read yet.
+
+    Args:
+      directory: what PEFT's ``save_pretrained`` or `write_adapter` wrote: a config, and one
+        safetensors file, or shards and their index.
+
+    Raises:
+      AdapterFileError: a file is missing, damaged, or of another kind, or the adapter is of another
+        method than LoRA.
+    """
+    directory = Path(directory)
+    _check_directory(directory)
+    config = directory / CONFIG
+    for _ in range(_TRIES):
+        before = _identity(config)
+        try:
+            found = _read(directory)
+        except AdapterFileError:
+            if _identity(config) == before:
+                raise
+            continue
+        # A save takes the config away first and puts the new one last: if it is still the same
+        # one, the tensors belong to it.
+        if _identity(config) == before:
+            return found
+        found.tensors.close()
+    raise AdapterFileError(
+        f"{config}: found the file replaced while it was read, {_TRIES} times; expected it to "
+        "stay; read it again when nothing saves to this directory"
+    )
+
+
+def write_adapter(
+    directory: str | os.PathLike[str],
+    config_json: str,
+    tensors: Iterable[tuple[str, tuple[int, ...], Any, Callable[[], Any]]],
+    *,
+    max_shard_size: int | str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    readme: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a directory that PEFT's ``from_pretrained`` reads: config, tensors, and a README.
+
+    All or nothing is written, as `write_safetensors` says, the config last. An adapter that is
+    there goes, with its shards or its pickle; other files stay.
+
+    Args:
+      directory: where to write; made if it is not there.
+      config_json: the text of ``adapter_config.json``.
+      tensors: name, shape, dtype and a function that returns the array.
+      max_shard_size: bytes in a file at most, or "5GB". PEFT 0.21.2 reads no shards: leave it at
+        None, one file, for PEFT.
+      metadata: strings for the header of the tensors' file; default ``{"format": "pt"}``.
+      readme: text of a ``README.md``, for a directory that has none.
+      overwrite: whether to replace an adapter that is there; False: it is an error.
+
+    Raises:
+      AdapterFileError: the config is not one that `read_adapter` would take, or as in
+        `write_safetensors`.
+      Exception: what a tensor's function raises, as it is.
+    """
+    directory = Path(directory)
+    data = config_json.encode("utf-8", "surrogatepass")
+    _check_method(directory / CONFIG, parse_object(data, directory / CONFIG))
+    write_safetensors(
+        directory,
+        tensors,
+        stem=STEM,
+        max_shard_size=max_shard_size,
+        metadata=metadata,
+        texts={CONFIG: config_json},
+        extras={} if readme is None else {"README.md": readme},
+        stale=[PICKLE],
+        overwrite=overwrite,
+    )
+
+
+def _read(directory: Path) -> AdapterFiles:
+    config = directory / CONFIG
+    if _identity(config) is None:
+        _refuse_without_config(directory)
+    fields = read_object(config, MAX_CONFIG)
+    _check_method(config, fields)
+    _check_weights(directory)
+    return AdapterFiles(directory, fields, open_safetensors(directory, STEM))
+
+
+def _check_directory(directory: Path) -> None:
+    with operating_system(directory, "read the directory"):
+        if directory.is_dir():
+            return
+        if directory.exists():
+            raise AdapterFileError(
+                f"{directory}: found a file; expected the directory of an adapter; pass "
+                f"{directory.parent}, if it holds {CONFIG}"
+            )
+    raise AdapterFileError(
+        f"{directory}: found nothing; expected the directory of an adapter on this machine; check "
+        "the path; one on a hub or in a bucket has to be downloaded first"
+    )
+
+
+def _refuse_without_config(directory: Path) -> None:
+    with operating_system(directory, "read the directory"):
+        names = sorted(path.name for path in directory.iterdir())
+        inner = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+    if any(
+        name.startswith(f".{CONFIG}.") and name.endswith((INCOMPLETE, REPLACED)) for name in names
+    ):
+        why = (
+            "a save into it is under way or was interrupted: save again with overwrite=True "
+            "(hidden files that end in .replaced are those of the adapter before)"
+        )
+    elif inner:
+        why = f"there are adapters in {listed(inner)}: pass one of these directories"
+    else:
+        why = "save the adapter again, or copy all of its files"
+    found = listed(names) if names else "no files"
+    raise AdapterFileError(f"{directory}: found {found}; expected {CONFIG} among them; {why}")
+
+
+def _check_method(config: Path, fields: Mapping[str, Any]) -> None:
+    method = fields.get("peft_type")
+    if method != "LORA":
+        found = "no peft_type" if "peft_type" not in fields else f"peft_type {shown(method)}"
+        raise AdapterFileError(
+            f"{config}: found {found}; expected 'LORA', the only one of PEFT's methods that is "
+            "read here; train a LoRA adapter, or merge this one with PEFT"
+        )
+
+
+def _check_weights(directory: Path) -> None:
+    single, index = (directory / f"{STEM}.safetensors{end}" for end in ("", ".index.json"))
+    if single.exists() or index.exists():
+        return
+    if (directory / PICKLE).exists():
+        raise AdapterFileError(
+            f"{directory / PICKLE}: found a pickle, which can run any code when it is opened; "
+            f"expected {single.name}; if you trust its source, convert it where PyTorch is: "
+            f"safetensors.torch.save_file(torch.load({PICKLE!r}, weights_only=True), "
+            f"{single.name!r}, metadata={{'format': 'pt'}})"
+        )
+    with operating_system(directory, "read the directory"):
+        names = sorted(path.name for path in directory.iterdir())
+    raise AdapterFileError(
+        f"{directory}: found {listed(names)}; expected {single.name} among them; save the adapter "
+        "again, or copy all of its files"
+    )
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Returns what changes when a file is replaced, or None if there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,0 +1,1 @@
+"""Merged models: a directory that transformers loads."""

@@ -1,0 +1,72 @@
+"""``"all-linear"``: every leaf that is multiplied with data, but for the output layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION
+from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._planning.axes import SITES_LINE
+from flax_tied_lora._planning.matches import Hit, Hits, adaptable, excluded
+from flax_tied_lora._ties.sources import TieGroup
+from flax_tied_lora._tree.paths import module_of
+
+ALL_LINEAR = "all-linear"
+
+
+def all_linear(
+    config: LoraConfig,
+    leaves: Mapping[str, Any],
+    groups: Sequence[TieGroup],
+    sites: CallSites | None,
+) -> Hits:
+    """Every leaf that is multiplied with data, but for the output projection, as PEFT has it."""
+    if sites is None:
+        raise ValueError(
+            f'wrap: target_modules="{ALL_LINEAR}" needs to know which leaves are multiplied with '
+            f"data, a fact of the traced model: {SITES_LINE}; wrap(params, config, sites=sites)"
+        )
+    by_leaf = {path: group for group in groups for path in group.paths}
+    kinds: dict[str, set[str]] = {}
+    for site in sites:
+        if site.leaf in by_leaf:
+            kinds.setdefault(by_leaf[site.leaf].key, set()).add(site.role)
+    # Where a table is read both ways, it is the output projection, and no other leaf is.
+    tied = any({LOOKUP, PROJECTION} <= roles for roles in kinds.values())
+    output = None if tied else _output_projection(leaves, by_leaf, sites)
+    hits = {}
+    for site in sites:
+        if site.leaf not in by_leaf or site.operation == "conv_general_dilated":
+            continue
+        key = by_leaf[site.leaf].key
+        if kinds[key] & {PROJECTION} and LOOKUP not in kinds[key] and key != output:
+            if not adaptable(leaves[site.leaf]) or excluded(
+                config, site.leaf, module_of(site.leaf)
+            ):
+                continue
+            module = module_of(site.leaf) or site.leaf
+            hits[key] = (Hit(str(config.target_modules), module, leaf=site.leaf),)
+    if not hits:
+        raise ValueError(
+            f'wrap: target_modules="{ALL_LINEAR}" found no leaf that is multiplied with data in '
+            f"the {len(sites)} call sites given; are they of this model?"
+        )
+    return hits
+
+
+def _output_projection(
+    leaves: Mapping[str, Any], by_leaf: Mapping[str, TieGroup], sites: CallSites
+) -> str | None:
+    """Returns the group of the last projection, if it makes one column for each row of a table."""
+    tables = {
+        leaves[s.leaf].shape[s.rows[0]]
+        for s in sites
+        if s.role == LOOKUP and s.leaf in by_leaf and len(s.rows) == 1
+    }
+    for site in reversed(sites.sites):
+        if site.role == PROJECTION and site.leaf in by_leaf and adaptable(leaves[site.leaf]):
+            columns = [leaves[site.leaf].shape[a] for a in site.cols]
+            return by_leaf[site.leaf].key if len(columns) == 1 and columns[0] in tables else None
+    return None

@@ -1,0 +1,202 @@
+"""Which axes of a targeted leaf are rows, columns and batch: from the config, or its call sites."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER
+from flax_tied_lora._config.axes_and_parts import said_of
+from flax_tied_lora._interpreter.sites import CallSite, CallSites
+from flax_tied_lora._ties.sources import TieGroup, is_table
+from flax_tied_lora._tree.paths import describe, leaf_name, module_of
+
+SITES_LINE = 'sites = tied_lora.trace(model.apply, {"params": params}, tokens)'
+
+# Rows and columns of a leaf, or of a call site.
+_Sides = tuple[set[int], set[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Which axes of a group's canonical leaf are rows, columns and batch."""
+
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+    batch: tuple[int, ...]
+    is_table: bool
+
+
+def axes_of(
+    group: TieGroup, leaf: Any, sites: CallSites | None, said: Mapping[str, Any] | None = None
+) -> Axes:
+    """Returns the axes of a group: as the config has them, or by its call sites; two need neither.
+
+    An axis that is walked at one site (an index, a scan), and is one of rows or of columns at
+    another, is what it is there.
+
+    Args:
+      said: `LoraConfig.axes`.
+
+    Raises:
+      ValueError: the leaf has more than two axes and nothing says which are rows; two sites
+        disagree; the config names axes that there are not, or that the sites use otherwise.
+    """
+    ndim = len(leaf.shape)
+    flips = {m.path: m.transposed for m in group.members}
+    every = (sites or CallSites()).of(*group.paths)
+    used = [_turned(s) if flips[s.leaf] else s for s in every if s.role != OTHER]
+    lookups = [s for s in used if s.role == LOOKUP]
+    table = bool(lookups) if used else is_table(group.key)
+    sides = _said(group, leaf, said or {})
+    if sides is not None:
+        _check_said(group.key, leaf, sides, used)
+    elif used:
+        sides = _of_sites(group.key, leaf, [*lookups, *(s for s in used if s.role != LOOKUP)])
+    elif ndim == 2:
+        sides = {0}, {1}
+    else:
+        long = [i for i, n in enumerate(leaf.shape) if n != 1]
+        if not every or len(long) != 2:
+            raise ValueError(_unknown(group.key, leaf, sites, every))
+        sides = {long[0]}, {long[1]}  # only added to data: a table of positions
+    rows, cols = (tuple(sorted(side)) for side in sides)
+    batch = tuple(i for i in range(ndim) if i not in (*rows, *cols))
+    return Axes(rows, cols, batch, table)
+
+
+def _turned(site: CallSite) -> CallSite:
+    def flip(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(1 - a for a in axes))
+
+    return dataclasses.replace(site, rows=flip(site.rows), cols=flip(site.cols))
+
+
+def _name(key: str) -> str:
+    """Returns by what name a config would mean a leaf."""
+    return leaf_name(module_of(key)) or key
+
+
+def _unknown(key: str, leaf: Any, sites: CallSites | None, every: Sequence[CallSite]) -> str:
+    start = (
+        f"wrap: {key!r} {describe(leaf)} has {len(leaf.shape)} axes, and which of them are rows "
+    )
+    said = f'LoraConfig(axes={{"{_name(key)}": (rows, columns)}})'
+    if sites is None:
+        return (
+            f"{start}needs to be traced: {SITES_LINE}; wrap(params, config, sites=sites). Or say "
+            f"so: {said}"
+        )
+    if not every:
+        return (
+            f"{start}is not known, as it is read at none of these sites; trace a call that reads "
+            f"it, and unite them: {SITES_LINE}; sites1 | sites2. Or say so: {said}"
+        )
+    how = ", ".join(dict.fromkeys(s.operation for s in every))
+    return (
+        f"{start}is not known, as it is not multiplied or looked up at these sites, but read by "
+        f"{how} only. Take it out of target_modules, or say so: {said}"
+    )
+
+
+def _of_sites(key: str, leaf: Any, used: Sequence[CallSite]) -> _Sides:
+    rows: set[int] = set()
+    cols: set[int] = set()
+    for site in used:
+        own = set(site.rows), set(site.cols)
+        if own[0] & rows or own[1] & cols or not (own[0] & cols or own[1] & rows):
+            own = own[0], own[1]
+        else:
+            own = own[1], own[0]  # a table's projection sums over what its lookups keep
+        if own[0] & own[1]:
+            raise ValueError(
+                f"wrap: {site} has rows and columns of {key!r} {describe(leaf)} in one axis, which "
+                "no factors can follow; take it out of target_modules, or say what its axes are: "
+                f'axes={{"{_name(key)}": (rows, columns)}}, and have it added up there'
+            )
+        if not own[0] or not own[1]:
+            raise ValueError(
+                f"wrap: {site} leaves {key!r} {describe(leaf)} without rows or without columns "
+                f"(rows {site.rows}, columns {site.cols}), so there is nothing of low rank; take "
+                f'it out of target_modules, or say which it has: axes={{"{_name(key)}": '
+                "(rows, columns)}"
+            )
+        if (rows | own[0]) & (cols | own[1]):
+            other = next((s for s in used if _clash(s, site)), used[0])
+            raise ValueError(
+                f"wrap: {key!r} {describe(leaf)} is used in two ways that no one pair of factors "
+                "serves:\n"
+                f"  {other}: rows {other.rows}, columns {other.cols}\n"
+                f"  {site}: rows {site.rows}, columns {site.cols}\n"
+                "Take it out of target_modules; or say what its axes shall be, those in dispute "
+                f'being neither, with factors for each entry: axes={{"{_name(key)}": (rows, '
+                "columns)}; or give each use a leaf of its own"
+            )
+        rows |= own[0]
+        cols |= own[1]
+    return rows, cols
+
+
+def _clash(one: CallSite, two: CallSite) -> bool:
+    """Returns whether no labelling of axes as rows and columns is that of both sites."""
+    straight = (set(one.rows) | set(two.rows)) & (set(one.cols) | set(two.cols))
+    turned = (set(one.rows) | set(two.cols)) & (set(one.cols) | set(two.rows))
+    return bool(straight and turned)
+
+
+def _said(group: TieGroup, leaf: Any, said: Mapping[str, Any]) -> _Sides | None:
+    """Returns what the config says of a group's axes, in the canonical leaf's layout."""
+    found: dict[str, _Sides] = {}
+    for member in group.members:
+        sides = said_of(said, member.path)
+        if sides is None:
+            continue
+        shape = tuple(leaf.shape)[::-1] if member.transposed else tuple(leaf.shape)
+        where = f"wrap: axes={{...: {sides}}} for {member.path!r} {list(shape)}"
+        ndim = len(shape)
+        for axis in (*sides[0], *sides[1]):
+            if not -ndim <= axis < ndim:
+                raise ValueError(f"{where}, which has no axis {axis}; expected 0 to {ndim - 1}")
+        rows, cols = ([a % ndim for a in side] for side in sides)
+        if len({*rows, *cols}) != len(rows) + len(cols):
+            raise ValueError(
+                f"{where}: an axis is there twice; expected each axis once, as one of the rows or "
+                "of the columns, or in neither"
+            )
+        if member.transposed:
+            rows, cols = ([1 - a for a in side] for side in (rows, cols))
+        found[member.path] = set(rows), set(cols)
+    if not found:
+        return None
+    first, *others = found
+    for other in others:
+        if found[other] != found[first]:
+            raise ValueError(
+                f"wrap: axes says {found[first]} of {first!r} and {found[other]} of {other!r}, in "
+                f"the layout of {group.key!r}, which both are; say one thing"
+            )
+    return found[first]
+
+
+def _check_said(key: str, leaf: Any, sides: _Sides, used: Sequence[CallSite]) -> None:
+    """Refuses axes that a call site uses otherwise; a table's projections sum over its columns."""
+
+    def fits(rows: set[int], cols: set[int], site: CallSite) -> bool:
+        summed, kept = set(site.rows), set(site.cols)
+        apart = not (rows & kept or cols & summed)
+        return apart and bool(not summed or rows & summed) and bool(not kept or cols & kept)
+
+    sites = [s for s in used if not set(s.rows) & set(s.cols)]
+    rows, cols = sides
+    odd = [s for s in sites if not fits(rows, cols, s) and not fits(cols, rows, s)]
+    if sites and not odd and not any(fits(rows, cols, s) for s in sites):
+        odd = sites
+    if odd:
+        raise ValueError(
+            f"wrap: axes says that {key!r} {describe(leaf)} has rows {tuple(sorted(rows))} and "
+            f"columns {tuple(sorted(cols))}, and it is used otherwise:\n"
+            f"  {odd[0]}: rows {odd[0].rows}, columns {odd[0].cols}, walked {odd[0].batch}\n"
+            "Rows are what is summed over or picked from, columns what is kept; take the leaf out "
+            "of axes, or leave axes out that it has in either"
+        )

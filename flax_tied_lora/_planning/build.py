@@ -1,0 +1,253 @@
+"""The plans of groups: each with the adapters that a config asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from flax_tied_lora._config.checks import reads_weight
+from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._planning.axes import Axes, axes_of
+from flax_tied_lora._planning.fused import fused_parts
+from flax_tied_lora._planning.matches import Hit, Hits, adaptable
+from flax_tied_lora._planning.plan import (
+    BIAS,
+    LORA,
+    MODULES_TO_SAVE,
+    TRAINABLE_TOKENS,
+    AdapterPlan,
+    GroupPlan,
+    Plan,
+)
+from flax_tied_lora._planning.targets import named_parts, resolve
+from flax_tied_lora._planning.tokens import TokenParts, token_parts, tokens_of
+from flax_tied_lora._planning.tying import Part, check_flag, check_overlap, parts_of
+from flax_tied_lora._planning.unused_patterns import check_patterns
+from flax_tied_lora._ties.find import DATA_FLOW
+from flax_tied_lora._ties.sources import TieGroup, is_table
+from flax_tied_lora._tree.paths import describe, is_marker, leaf_name, module_of
+
+
+@dataclasses.dataclass
+class Named:
+    """What is adapted how, by leaf path, where it is known: from an adapter's file.
+
+    Attributes:
+      lora, saved, tokens: leaves with factors, full copies and replaced rows, and what names them.
+      biases: leaves that are trained as they are.
+    """
+
+    lora: dict[str, list[Hit]]
+    saved: dict[str, list[Hit]]
+    tokens: dict[str, list[Hit]]
+    biases: set[str]
+
+
+def plan_of(
+    config: LoraConfig, leaves: Mapping[str, Any], groups: Sequence[TieGroup],
+    sites: CallSites | None, untied: bool, named: Named | None = None,
+) -> Plan:  # fmt: skip
+    """Returns the plan of what a config asks for.
+
+    Args:
+      leaves: the params, by path.
+      groups: every leaf's tie group.
+      sites: call sites of the model, if they are known.
+      untied: whether the model's config says so.
+      named: what is adapted, in place of what the config's names mean.
+    """
+    if named is None:
+        lora = resolve(config, leaves, groups, sites)
+        check_patterns(config, lora, leaves, groups)
+        saved: Hits = {}
+        for name in config.modules_to_save or ():
+            for key, hits in named_parts("modules_to_save", name, leaves, groups, sites).items():
+                saved[key] = (*saved.get(key, ()), *hits)
+        tokens = token_parts(config, leaves, groups, sites)
+        biases = _biases(config, leaves, lora)
+    else:
+        lora, saved = by_group(named.lora, groups), by_group(named.saved, groups)
+        tokens = tokens_of(config, by_group(named.tokens, groups), groups, sites)
+        biases = named.biases
+    check_flag(config, groups, {*lora, *saved, *tokens}, {*lora, *saved}, sites, untied)
+    plans = [
+        _group_plan(group, leaves[group.key], config, sites, lora.get(group.key, ()),
+                    saved.get(group.key, ()), tokens, biases)
+        for group in groups
+    ]  # fmt: skip
+    plan = Plan.of(tuple(p for p in plans if p is not None), config)
+    if lora and not any(True for _ in plan.adapters(LORA)):
+        raise ValueError(
+            f"wrap: all that target_modules={config.target_modules!r} names is in modules_to_save "
+            f"{list(config.modules_to_save or ())}, which goes before it; take it out of one of "
+            "them"
+        )
+    return plan
+
+
+def by_group(hits: Mapping[str, Sequence[Hit]], groups: Sequence[TieGroup]) -> Hits:
+    """Returns hits of leaves by the key of the leaf's group."""
+    by_leaf = {path: group.key for group in groups for path in group.paths}
+    found: Hits = {}
+    for path, own in hits.items():
+        found[by_leaf[path]] = (*found.get(by_leaf[path], ()), *own)
+    return found
+
+
+def _biases(config: LoraConfig, leaves: Mapping[str, Any], lora: Hits) -> set[str]:
+    """Returns the leaves that `bias` makes trainable (``mark_only_adapters_as_trainable``)."""
+    if config.bias == "all":
+        named = {p for p in leaves if "bias" in p}
+    elif config.bias == "lora_only":
+        modules = {h.module for hits in lora.values() for h in hits}
+        named = {p for p in leaves if leaf_name(p) == "bias" and module_of(p) in modules}
+    else:
+        return set()
+    return {p for p in named if _is_floating(leaves[p])}
+
+
+def _is_floating(leaf: Any) -> bool:
+    return not is_marker(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _group_plan(
+    group: TieGroup, leaf: Any, config: LoraConfig, sites: CallSites | None,
+    lora: Sequence[Hit], saved: Sequence[Hit], tokens: TokenParts, biases: set[str],
+) -> GroupPlan | None:  # fmt: skip
+    rows = tokens.get(group.key, [])
+    bias = not lora and not saved and not rows and biases & set(group.paths)
+    if not (lora or saved or rows or bias or len(group.members) > 1):
+        return None
+    found = group.found if len(group.members) > 1 or DATA_FLOW in group.found else ()
+    axes = _axes(group, leaf, sites, config, needed=bool(lora or rows))
+    copies = parts_of(group, saved, config, sites)
+    # What is trained in full needs no delta: as in PEFT, modules_to_save goes before targets.
+    copied = {(part.members, part.sites) for part in copies}
+    deltas = [
+        part for part in parts_of(group, lora, config, sites)
+        if not {((), None), (part.members, part.sites)} & copied
+    ]  # fmt: skip
+    adapters = [
+        *(
+            _factors(group, leaf, axes, part, config)
+            for delta in deltas for part in fused_parts(group, leaf, delta, config)
+        ),
+        *(_copy(group, leaf, part) for part in copies),
+        *(_tokens(group, leaf, axes, part, own) for part, own in rows),
+        *([AdapterPlan(BIAS, group.key, targets=(config.bias,))] if bias else []),
+    ]  # fmt: skip
+    check_overlap("modules_to_save", group, copies, sites)
+    check_overlap("target_modules", group, deltas, sites)
+    for delta in deltas if copies else ():
+        check_overlap("target_modules and modules_to_save", group, [*copies, delta], sites)
+    _check_kinds(group, adapters)
+    return GroupPlan(
+        group.members, found, tuple(leaf.shape), str(jnp.dtype(leaf.dtype)), axes.rows, axes.cols,
+        axes.batch, axes.is_table, tuple(adapters),
+    )  # fmt: skip
+
+
+def _axes(
+    group: TieGroup, leaf: Any, sites: CallSites | None, config: LoraConfig, needed: bool
+) -> Axes:
+    """Returns a group's axes: none, where none are needed (for a full copy) and none known."""
+    try:
+        if needed or adaptable(leaf):
+            return axes_of(group, leaf, sites, config.axes)
+    except ValueError:
+        if needed:
+            raise
+    return Axes((), (), (), any(map(is_table, group.paths)))
+
+
+def _factors(group: TieGroup, leaf: Any, axes: Axes, part: Part, config: LoraConfig) -> AdapterPlan:
+    hits, tail = part.hits, f":{part.name}" if part.span else ""
+    module = hits[0].module + tail
+    for what in (config.rank_for, config.scaling_for) if len(hits) > 1 else ():
+        values = {hit.module: what(hit.module + tail) for hit in hits}
+        if len(set(values.values())) > 1:
+            raise ValueError(
+                f"wrap: {group.key!r} is one tie group, and the patterns give it different values: "
+                f"{values}; give its names the same rank and alpha"
+            )
+    rank = config.rank_for(module)
+    shape = list(leaf.shape)
+    if part.span:
+        shape[part.span[0]] = part.span[2] - part.span[1]
+    limit = min(math.prod(shape[a] for a in side) for side in (axes.rows, axes.cols))
+    if rank > limit:
+        raise ValueError(
+            f"wrap: rank {rank} for {part.key(group)!r} {leaf.dtype}{shape}, which has rank "
+            f"{limit} at most; lower r, or give it a rank of its own in rank_pattern"
+        )
+    if config.use_dora and part.span:
+        raise ValueError(
+            f"wrap: use_dora scales all of {group.key!r}, and parts gives each of its parts "
+            "factors of its own; leave one of the two out"
+        )
+    if config.use_dora and part.sites is not None:
+        raise ValueError(
+            f"wrap: use_dora scales all of {group.key!r}, and ensure_weight_tying=False wants an "
+            f"adapter for {part.name!r} only. Tie them (None or True), or leave use_dora out"
+        )
+    return AdapterPlan(
+        LORA, part.key(group), part.name, part.members, part.sites, rank, config.use_dora,
+        reads_weight(config.init_lora_weights) and not axes.is_table, (), module,
+        tuple(dict.fromkeys(h.target for h in hits)), part.span,
+    )  # fmt: skip
+
+
+def _copy(group: TieGroup, leaf: Any, part: Part) -> AdapterPlan:
+    if not _is_floating(leaf):
+        raise ValueError(
+            f"wrap: {part.hits[0].target!r} in modules_to_save means {group.key!r} "
+            f"{describe(leaf)}; expected floating point. Take it out of modules_to_save"
+        )
+    targets = tuple(dict.fromkeys(h.target for h in part.hits))
+    return AdapterPlan(
+        MODULES_TO_SAVE, part.key(group), part.name, part.members, part.sites, targets=targets
+    )
+
+
+def _tokens(
+    group: TieGroup, leaf: Any, axes: Axes, part: Part, tokens: tuple[int, ...]
+) -> AdapterPlan:
+    side = axes.rows if axes.is_table else axes.cols
+    if len(side) != 1 or axes.batch:
+        raise ValueError(
+            f"wrap: trainable_token_indices for {group.key!r} {describe(leaf)}, whose rows "
+            f"{axes.rows}, columns {axes.cols} and batch {axes.batch} axes are no table's; "
+            "expected one axis of tokens"
+        )
+    count = leaf.shape[side[0]]
+    outside = [t for t in tokens if t >= count]
+    if outside:
+        raise ValueError(
+            f"wrap: {outside} in trainable_token_indices; {group.key!r} {describe(leaf)} has the "
+            f"tokens 0 to {count - 1}. grow_vocabulary(params, {max(outside) + 1}) adds tokens"
+        )
+    targets = tuple(dict.fromkeys(h.target for h in part.hits))
+    return AdapterPlan(
+        TRAINABLE_TOKENS, part.key(group), part.name, part.members, part.sites, tokens=tokens,
+        targets=targets,
+    )  # fmt: skip
+
+
+def _check_kinds(group: TieGroup, adapters: Sequence[AdapterPlan]) -> None:
+    if len(adapters) < 2:
+        return
+    kinds = {a.kind for a in adapters}
+    if {MODULES_TO_SAVE, TRAINABLE_TOKENS} <= kinds:
+        fields, why = "modules_to_save and trainable_token_indices", "a full copy has all rows"
+    elif {LORA, TRAINABLE_TOKENS} <= kinds and any(a.dora for a in adapters):
+        fields, why = "target_modules and trainable_token_indices", "use_dora scales every row"
+    else:
+        return
+    raise ValueError(
+        f"wrap: {group.key!r} is named by {fields}, and {why}; take it out of one of them"
+    )

@@ -1,0 +1,89 @@
+"""How a target names a tie group, and what can be targeted at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from flax_tied_lora._algebra.site_filter import Role
+from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._tree.paths import describe, layer_index, leaf_name, matches
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A target that names a group, and how it does: one of leaf, scope and role.
+
+    Attributes:
+      target: as the user wrote it.
+      module: by whose name; what patterns of ranks are matched against.
+      leaf: path of the leaf that is named, or that the module named holds.
+      scope: module path of the call sites that are named.
+      role: of the call sites that are named.
+      part: name of the part of a fused leaf that is named; "" for all of it.
+    """
+
+    target: str
+    module: str
+    leaf: str = ""
+    scope: str = ""
+    role: Role | None = None
+    part: str = ""
+
+
+Hits = dict[str, tuple[Hit, ...]]
+
+
+def adaptable(leaf: Any) -> bool:
+    """Returns whether a leaf can have factors: floating point, two axes or more."""
+    return len(getattr(leaf, "shape", ())) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def excluded(config: LoraConfig, *names: str) -> bool:
+    """Returns whether `exclude_modules` names one of these."""
+    return config.exclude_modules is not None and any(
+        matches(config.exclude_modules, name) is not None for name in names
+    )
+
+
+def by_part(module: str, count: int) -> str:
+    """Returns how to give some of the layers in one leaf factors of their own."""
+    last = module.rpartition("/")[2]
+    return (
+        f'Cut it into parts along the layers, parts={{"{last}": (0, {{"first": 1, "rest": '
+        f'{count - 1}}})}}, and name one as "{last}:first"'
+    )
+
+
+def stacked_hint(config: LoraConfig, target: str, pattern: Any, leaves: Mapping[str, Any]) -> str:
+    """Returns what to do where a target means a layer that is stacked with others in one leaf."""
+    for path, leaf in leaves.items():
+        module, shape = path.rpartition("/")[0], getattr(leaf, "shape", ())
+        if len(shape) < 3 or not module or leaf_name(path) in ("bias", "scale"):
+            continue
+        layers = config.layers_to_transform is not None and matches(pattern, module)
+        if layers or any(matches(pattern, name) for name in numbered(module, shape)):
+            why = f"layers_to_transform={config.layers_to_transform}" if layers else repr(target)
+            return (
+                f". {path!r} {describe(leaf)} may hold several layers, which {why} does not tell "
+                f"apart. {by_part(module, shape[0])}"
+            )
+    return ""
+
+
+def numbered(module: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """Yields names that the layers of a stacked leaf would have if they had leaves of their own."""
+    if len(shape) < 3 or layer_index(module, None) is not None:
+        return
+    ends = [m.end() for m in re.finditer(r"[^/]+(?=/)", module)]
+    for end in ends:
+        for index in range(shape[0]):
+            for sign in "/_":
+                yield f"{module[:end]}{sign}{index}{module[end:]}"
+                rest = module[end:].partition("/")[2].partition("/")[2]
+                if rest:  # the name of the one layer inside of a scan goes away
+                    yield f"{module[:end]}{sign}{index}/{rest}"

@@ -1,0 +1,293 @@
+"""Targets: which tie groups a config names, by leaf, by call site, or by role."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION, Role, module_path
+from flax_tied_lora._config.axes_and_parts import parts_of_leaf
+from flax_tied_lora._config.checks import as_tuple
+from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._planning.all_linear import ALL_LINEAR, all_linear
+from flax_tied_lora._planning.axes import SITES_LINE
+from flax_tied_lora._planning.matches import Hit, Hits, adaptable, excluded, stacked_hint
+from flax_tied_lora._ties.sources import TieGroup, is_table
+from flax_tied_lora._tree.paths import (
+    describe,
+    dotted,
+    layer_index,
+    leaf_name,
+    matches,
+    module_of,
+    nearby,
+)
+
+# What Flax calls leaves that are added or multiplied in, entry by entry.
+_VECTORS = ("bias", "scale")
+# Names by which PEFT's users mean a role in a tied group, whatever its modules are called.
+ROLES: dict[str, Role] = {"embed_tokens": LOOKUP, "lm_head": PROJECTION}
+
+
+class UnmatchedTargetWarning(UserWarning):
+    """An entry of target_modules named nothing while others did, or a pattern is for no target."""
+
+    __module__ = "flax_tied_lora"
+
+
+def resolve(
+    config: LoraConfig,
+    leaves: Mapping[str, Any],
+    groups: Sequence[TieGroup],
+    sites: CallSites | None,
+) -> Hits:
+    """Returns, for the key of each group that LoRA is for, the targets that name it.
+
+    A target names a leaf or a module by its path; or a call site by its module scope, and so the
+    leaf that is read there; or a role in a tied group (``embed_tokens``: lookup, ``lm_head``:
+    projection). The first of these that names anything counts. ``target_parameters`` name leaves.
+
+    Raises:
+      ValueError: no target names anything, or one names only leaves that cannot be adapted.
+    """
+    by_leaf = {path: group for group in groups for path in group.paths}
+    found = _parameters(config, leaves, by_leaf)
+    targets = config.target_modules
+    if targets is None or targets == ():
+        if found or config.modules_to_save or config.trainable_token_indices:
+            return found
+        raise ValueError(
+            "wrap: target_modules is None: say what to adapt, for example target_modules="
+            f"{_examples(leaves)}"
+        )
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return found | all_linear(config, leaves, groups, sites)
+    hits: dict[str, list[Hit]] = {}
+    unmatched = []
+    for target in (targets,) if isinstance(targets, str) else targets:
+        pattern = target if isinstance(targets, str) else (target,)
+        named, refused = _by_path(target, pattern, config, leaves, by_leaf, sites)
+        # A tied head may have a leaf of its own that is no matrix: its bias.
+        named = (
+            named
+            or _by_scope(target, pattern, config, by_leaf, sites)
+            or _by_role(target, groups, sites)
+        )
+        if refused and not named:
+            raise ValueError(
+                f"wrap: {target!r} in target_modules names {', '.join(refused[:3])}; expected a "
+                "floating-point matrix (two axes or more) that is multiplied or looked up. Take it "
+                "out of target_modules; a matrix that is read otherwise is meant by its whole path"
+            )
+        if not named:
+            unmatched.append(target)
+        for key, hit in named:
+            hits.setdefault(key, []).append(hit)
+    if not hits:
+        text = _nothing("target_modules", targets, unmatched, leaves, sites)
+        whole = isinstance(targets, str)
+        hints = [stacked_hint(config, t, t if whole else (t,), leaves) for t in unmatched]
+        hints += [_parts_hint(config, t, leaves) for t in unmatched]
+        raise ValueError(text + next(filter(None, hints), ""))
+    for target in unmatched:
+        warnings.warn(
+            f"wrap: {target!r} in target_modules names no leaf, module or call site; nearby: "
+            f"{', '.join(map(repr, nearby(target, _modules(leaves))))}",
+            UnmatchedTargetWarning,
+            stacklevel=6,
+        )
+    return found | {key: tuple(dict.fromkeys(named)) for key, named in hits.items()}
+
+
+def named_parts(
+    field: str, name: str, leaves: Mapping[str, Any], groups: Sequence[TieGroup],
+    sites: CallSites | None,
+) -> Hits:  # fmt: skip
+    """Returns the groups of which a module's name means a part, by leaf, scope or role.
+
+    All leaves of the module and of those inside it, and what is read in its scope though its leaf
+    is elsewhere: the kernel of a tied head.
+
+    Raises:
+      ValueError: the name means nothing.
+    """
+    by_leaf = {path: group for group in groups for path in group.paths}
+    hits: dict[str, list[Hit]] = {}
+    inside = field == "modules_to_save"
+    for path in leaves:
+        module = _named_ancestor(name, path, inside)
+        if module:
+            hits.setdefault(by_leaf[path].key, []).append(Hit(name, module, leaf=path))
+    for site in sites or ():
+        scope = _named_ancestor(name, module_path(site.scope), inside)
+        if scope and site.leaf in by_leaf and site.role != OTHER:
+            key = by_leaf[site.leaf].key
+            if key not in hits or all(h.scope for h in hits[key]):
+                hits.setdefault(key, []).append(Hit(name, scope, scope=scope))
+    for key, hit in _by_role(name, groups, sites) if not hits else ():
+        hits.setdefault(key, []).append(hit)
+    if not hits:
+        raise ValueError(_nothing(field, name, [name], leaves, sites))
+    return {key: tuple(dict.fromkeys(found)) for key, found in hits.items()}
+
+
+def _named_ancestor(name: str, path: str, inside: bool) -> str:
+    """Returns the path, or the module around it, that a name means; "" if none is.
+
+    Args:
+      inside: whether a name may begin inside of a part, as in ``modules_to_save``: to
+        ``peft.utils.other._set_trainable`` "norm" means every "input_layernorm", too.
+    """
+    while path and matches((name,), path) is None:
+        if inside and dotted(path).endswith(dotted(name)):
+            break
+        path = module_of(path)
+    return path
+
+
+def _parameters(
+    config: LoraConfig, leaves: Mapping[str, Any], by_leaf: Mapping[str, TieGroup]
+) -> Hits:
+    hits: dict[str, list[Hit]] = {}
+    for target in as_tuple(config.target_parameters):
+        named = [
+            (path, part)
+            for path, leaf in leaves.items()
+            for part in ("", *_parts_of(config, path, leaf))
+            if matches((target,), f"{path}:{part}" if part else path) is not None
+        ]
+        if not named:
+            raise ValueError(_nothing("target_parameters", target, [target], leaves, None))
+        for path, part in named:
+            if not adaptable(leaves[path]):
+                raise ValueError(
+                    f"wrap: {target!r} in target_parameters names {path!r} "
+                    f"{describe(leaves[path])}; expected a floating-point matrix (two axes or "
+                    "more). Take it out"
+                )
+            hits.setdefault(by_leaf[path].key, []).append(Hit(target, path, leaf=path, part=part))
+    return {key: tuple(found) for key, found in hits.items()}
+
+
+def _parts_hint(config: LoraConfig, target: str, leaves: Mapping[str, Any]) -> str:
+    module, _, part = target.partition(":")
+    for path, leaf in leaves.items() if part else ():
+        named = matches((module,), path) or matches((module,), module_of(path))
+        if named and adaptable(leaf):
+            parts = _parts_of(config, path, leaf)
+            found = ", ".join(map(repr, parts)) or "none; name them in parts={...}"
+            return f". The parts of {path!r} are {found}"
+    return ""
+
+
+def _modules(leaves: Mapping[str, Any]) -> list[str]:
+    return [module_of(p) or p for p, leaf in leaves.items() if adaptable(leaf)]
+
+
+def _examples(leaves: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(m.rpartition("/")[2] for m in _modules(leaves)))[:4]
+
+
+def _in_layer(config: LoraConfig, module: str) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or isinstance(config.target_modules, str):
+        return True
+    patterns = config.layers_pattern
+    index = layer_index(module, (patterns,) if isinstance(patterns, str) else patterns)
+    return index in ((wanted,) if isinstance(wanted, int) else wanted)
+
+
+def _by_path(
+    target: str, pattern: Any, config: LoraConfig, leaves: Mapping[str, Any],
+    by_leaf: Mapping[str, TieGroup], sites: CallSites | None,
+) -> tuple[list[tuple[str, Hit]], list[str]]:  # fmt: skip
+    """Returns the groups that are named, and what is named in their place but is no matrix."""
+    found, refused, left_out = [], [], False
+    for path, leaf in leaves.items():
+        module = module_of(path)
+        for part in ("", *_parts_of(config, path, leaf)):
+            tail = f":{part}" if part else ""
+            whole = matches(pattern, path + tail) is not None
+            if not whole and (not module or matches(pattern, module + tail) is None):
+                continue
+            if excluded(config, path, module, path + tail, module + tail) or not _in_layer(
+                config, module
+            ):
+                left_out |= adaptable(leaf)
+            elif adaptable(leaf) and (whole or not _is_vector(path, by_leaf[path], sites)):
+                hit = Hit(target, module or path, leaf=path, part=part)
+                found.append((by_leaf[path].key, hit))
+            else:
+                refused.append(f"{path!r} {describe(leaf)}{_read_by(path, by_leaf[path], sites)}")
+    return found, [] if found or left_out else refused
+
+
+def _parts_of(config: LoraConfig, path: str, leaf: Any) -> Iterable[str]:
+    return parts_of_leaf(config.parts, path, tuple(leaf.shape)) if adaptable(leaf) else ()
+
+
+def _read_by(path: str, group: TieGroup, sites: CallSites | None) -> str:
+    """Returns what reads a leaf, where these are no products and no lookups."""
+    operations = dict.fromkeys(s.operation for s in (sites or CallSites()).of(*group.paths))
+    return f", which is read by {', '.join(operations)} only" if operations else ""
+
+
+def _is_vector(path: str, group: TieGroup, sites: CallSites | None) -> bool:
+    """Returns whether a leaf is a bias or a scale, which a module's name does not mean.
+
+    Those of attention heads and of stacked layers have two axes or more, as matrices do.
+    """
+    used = (sites or CallSites()).of(*group.paths)
+    if used and not is_table(path):  # a table of positions is added
+        return all(s.role == OTHER for s in used)
+    return leaf_name(path) in _VECTORS
+
+
+def _by_scope(
+    target: str, pattern: Any, config: LoraConfig, by_leaf: Mapping[str, TieGroup],
+    sites: CallSites | None,
+) -> list[tuple[str, Hit]]:  # fmt: skip
+    found = []
+    for site in sites or ():
+        # "Model/embed_tokens.attend" is the module embed_tokens, in its method attend.
+        scope = module_path(site.scope)
+        names = [n for n in (site.scope, scope) if n]
+        if site.leaf not in by_leaf or site.role == OTHER or excluded(config, *names, site.leaf):
+            continue
+        if any(matches(pattern, n) is not None for n in names) and _in_layer(config, scope):
+            found.append((by_leaf[site.leaf].key, Hit(target, scope, scope=scope)))
+    return found
+
+
+def _by_role(
+    target: str, groups: Sequence[TieGroup], sites: CallSites | None
+) -> list[tuple[str, Hit]]:
+    role = ROLES.get(target)
+    if role is None:
+        return []
+    found = []
+    for group in groups:
+        roles = {s.role for s in (sites or CallSites()).of(*group.paths)}
+        if {LOOKUP, PROJECTION} <= roles:
+            found.append((group.key, Hit(target, target, role=role)))
+    return found
+
+
+def _nothing(
+    field: str, value: Any, unmatched: Sequence[str], leaves: Mapping[str, Any],
+    sites: CallSites | None,
+) -> str:  # fmt: skip
+    names = _modules(leaves)
+    near = [n for target in unmatched for n in nearby(target, names)]
+    text = (
+        f"wrap: {field}={value!r} names no leaf, module or call site; "
+        f"nearby: {', '.join(map(repr, dict.fromkeys(near)))}"
+    )
+    if sites is None:
+        text += (
+            ". A module that has no leaf of its own, like an lm_head tied to the embedding, is "
+            f"known from a trace: {SITES_LINE}; wrap(params, config, sites=sites)"
+        )
+    return text

@@ -1,0 +1,184 @@
+"""What `ensure_weight_tying` means: one adapter for a tie group, or one for each name.
+
+None ties what is tied and says nothing. True and False are PEFT's, row by row of the tables on
+weight tying in its LoRA reference: with its warnings (`WeightTyingWarning`) and errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION, SiteFilter
+from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._interpreter.sites import CallSite, CallSites
+from flax_tied_lora._planning.axes import SITES_LINE
+from flax_tied_lora._planning.matches import Hit
+from flax_tied_lora._ties.sources import TieGroup, is_table
+from flax_tied_lora._tree.paths import leaf_name
+
+_FLAG = "ensure_weight_tying"
+
+
+class WeightTyingWarning(UserWarning):
+    """`ensure_weight_tying` is True and nothing is tied, or False and a tie is not kept."""
+
+    __module__ = "flax_tied_lora"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a tie group that gets an adapter of its own, and the targets that name it.
+
+    Attributes:
+      hits: the targets.
+      name: what it is called; "" for the whole group.
+      members: leaves that it is; () for all.
+      sites: call sites that it is; None for all.
+      span: of a part of a fused leaf, the axis that it is cut along, its start and its stop.
+    """
+
+    hits: tuple[Hit, ...]
+    name: str = ""
+    members: tuple[str, ...] = ()
+    sites: SiteFilter | None = None
+    span: tuple[int, int, int] | None = None
+
+    def key(self, group: TieGroup) -> str:
+        """Key of the part's adapter."""
+        return f"{group.key}:{self.name}" if self.name else group.key
+
+
+def is_tied(group: TieGroup, sites: CallSites | None) -> bool:
+    """Returns whether a group is several leaves, or one that is looked up and projected with."""
+    roles = {s.role for s in (sites or CallSites()).of(*group.paths)}
+    return len(group.members) > 1 or {LOOKUP, PROJECTION} <= roles
+
+
+def says_untied(ties: Any) -> bool:
+    """Returns whether what `wrap` was given for ``ties`` is a config of an untied model."""
+    if isinstance(ties, Mapping):
+        return ties.get("tie_word_embeddings") is False
+    return getattr(ties, "tie_word_embeddings", None) is False
+
+
+def parts_of(
+    group: TieGroup, hits: Sequence[Hit], config: LoraConfig, sites: CallSites | None
+) -> tuple[Part, ...]:
+    """Returns the parts of a group that its targets ask adapters for: the whole, unless False."""
+    if not hits:
+        return ()
+    if config.ensure_weight_tying is not False:
+        return (Part(tuple(hits)),)
+    named: dict[tuple[Any, Any], list[Hit]] = {}
+    for hit in hits:
+        named.setdefault(_part_of(group, hit, sites), []).append(hit)
+    if list(named) == [((), None)]:
+        return (Part(tuple(hits)),)
+    parts, taken = [], set()
+    for (members, where), own in named.items():
+        name = own[0].target if own[0].target not in taken else own[0].module
+        if isinstance(config.target_modules, str) and own[0].target == config.target_modules:
+            name = own[0].module  # a regex names nothing by itself
+        taken.add(name)
+        parts.append(Part(tuple(own), name, members, where))
+    return tuple(parts)
+
+
+def _part_of(
+    group: TieGroup, hit: Hit, sites: CallSites | None
+) -> tuple[tuple[str, ...], SiteFilter | None]:
+    """Returns the members and the call sites that a target means, for PEFT's modules' sake.
+
+    A table's module is its lookups: what else reads the table is another module in PyTorch.
+    """
+    used = [s for s in (sites or CallSites()).of(*group.paths) if s.role != OTHER]
+    if hit.leaf:
+        members = (hit.leaf,) if len(group.members) > 1 else ()
+        own = [s for s in used if not members or s.leaf in members]
+        both = {LOOKUP, PROJECTION} <= {s.role for s in own}
+        return members, SiteFilter(role=LOOKUP) if both else None
+    where = SiteFilter(scope=hit.scope) if hit.scope else SiteFilter(role=hit.role)
+    meant = [s for s in used if _is_in(s, where)]
+    for role in (LOOKUP, PROJECTION):
+        # All lookups, or all projections: that holds where the model is called without scopes, too.
+        if meant and meant == [s for s in used if s.role == role]:
+            where = SiteFilter(role=role)
+    return (), None if meant == used else where
+
+
+def _is_in(site: CallSite, where: SiteFilter) -> bool:
+    return where(site.role, site.scope)
+
+
+def check_overlap(
+    what: str, group: TieGroup, parts: Sequence[Part], sites: CallSites | None
+) -> None:
+    """Refuses two parts that share a call site: only one array can stand in for another.
+
+    Raises:
+      ValueError: they do.
+    """
+    if sites is None or len(parts) < 2:
+        return
+    for site in sites.of(*group.paths):
+        both = [
+            p.name for p in parts
+            if (not p.members or site.leaf in p.members) and (not p.sites or _is_in(site, p.sites))
+        ]  # fmt: skip
+        if len(both) > 1:
+            raise ValueError(
+                f"wrap: {' and '.join(map(repr, both))} in {what} both mean {site}; leave one out"
+            )
+
+
+def check_flag(
+    config: LoraConfig, groups: Sequence[TieGroup], targeted: set[str], split: set[str],
+    sites: CallSites | None, untied: bool,
+) -> None:  # fmt: skip
+    """Warns as PEFT does where the flag does not fit the model.
+
+    Args:
+      targeted: keys of the groups that get factors, a full copy or rows.
+      split: those that get factors or a full copy, which False keeps apart.
+      untied: whether the model's config says so.
+
+    Raises:
+      ValueError: True or False, and whether a targeted table is tied cannot be known.
+    """
+    flag = config.ensure_weight_tying
+    if flag is None:
+        return
+    tied = [] if untied else [g for g in groups if is_tied(g, sites)]
+    unknown = [
+        g for g in groups
+        if g.key in targeted and sites is None and not untied and not is_tied(g, sites)
+        and is_table(g.key) and leaf_name(g.key) == "embedding"
+    ]  # fmt: skip
+    if unknown and not flag:
+        raise ValueError(
+            f"wrap: {_FLAG}={flag} needs to know whether {unknown[0].key!r} is tied, which its "
+            f"call sites say: {SITES_LINE}; wrap(params, config, sites=sites). Or leave {_FLAG} at "
+            "None, which ties what is tied"
+        )
+    adapted = [g for g in tied if g.key in targeted]
+    if flag and unknown:
+        return  # a table that may well be tied, and then is: there is nothing to warn of
+    if flag and not tied:
+        names = ", ".join(map(repr, sorted(targeted)[:3]))
+        _warn(flag, f"nothing is tied in this model; {names} get adapters as they are")
+    elif flag and not adapted:
+        _warn(flag, f"{tied[0].key!r}, which is tied, is not adapted")
+    elif not flag:
+        for group in (g for g in adapted if g.key in split):
+            _warn(
+                flag,
+                f"{group.key!r} is tied, and each name that means it gets an adapter of its own, "
+                "for its call sites only; merge then needs untie=...",
+            )
+
+
+def _warn(flag: bool, problem: str) -> None:
+    warnings.warn(f"wrap: {_FLAG}={flag}, and {problem}", WeightTyingWarning, stacklevel=7)

@@ -1,0 +1,68 @@
+"""What a config says of names that are not adapted: warned of, or refused where it means layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax_tied_lora._config.axes_and_parts import parts_of_leaf, said_of
+from flax_tied_lora._config.checks import pattern_value
+from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._planning.matches import Hits, by_part, numbered
+from flax_tied_lora._planning.targets import UnmatchedTargetWarning
+from flax_tied_lora._ties.sources import TieGroup
+from flax_tied_lora._tree.paths import describe, nearby
+
+_NOTHING = object()
+
+
+def check_patterns(
+    config: LoraConfig, hits: Hits, leaves: Mapping[str, Any], groups: Sequence[TieGroup]
+) -> None:
+    """Warns of each key of a config's mappings that is for no module adapted.
+
+    Raises:
+      ValueError: a key is for one of the layers that are stacked in one leaf.
+    """
+    modules: dict[str, str] = {}
+    for hit in (h for found in hits.values() for h in found):
+        modules[hit.module] = hit.leaf
+        own = parts_of_leaf(config.parts, hit.leaf, leaves[hit.leaf].shape) if hit.leaf else {}
+        modules |= {f"{hit.module}:{part}": "" for part in own}
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in getattr(config, field).items():
+            alone = {pattern: value}
+            if all(pattern_value(alone, m, _NOTHING) is _NOTHING for m in modules):
+                _refuse_layer(field, alone, modules, leaves)
+                _warn(field, pattern, modules)
+    paths = [path for group in groups if group.key in hits for path in group.paths]
+    for field in ("axes", "parts"):
+        for pattern, value in getattr(config, field).items():
+            if all(said_of({pattern: value}, path) is None for path in paths):
+                _warn(field, pattern, modules)
+
+
+def _warn(field: str, pattern: str, modules: Mapping[str, str]) -> None:
+    warnings.warn(
+        f"wrap: {pattern!r} in {field} is for no module that is adapted; these are: "
+        f"{', '.join(map(repr, nearby(pattern, modules)))}",
+        UnmatchedTargetWarning,
+        stacklevel=7,
+    )
+
+
+def _refuse_layer(
+    field: str, alone: Mapping[str, Any], modules: Mapping[str, str], leaves: Mapping[str, Any]
+) -> None:
+    for module, leaf in modules.items():
+        if not leaf:
+            continue
+        shape = tuple(leaves[leaf].shape)
+        for name in numbered(module, shape):
+            if pattern_value(alone, name, _NOTHING) is not _NOTHING:
+                raise ValueError(
+                    f"wrap: {next(iter(alone))!r} in {field} is for one layer, and {leaf!r} "
+                    f"{describe(leaves[leaf])} holds all of them, with factors of one rank. "
+                    f"{by_part(module, shape[0])}"
+                )

@@ -1,0 +1,4 @@
+"""Which leaves are one array: tie groups, and the sources they are known from.
+
+Knows leaf paths and call sites.
+"""

@@ -1,0 +1,245 @@
+"""Tie groups, and where ties are known from: identity, declaration, model config, equal values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_tied_lora._tree.paths import (
+    describe,
+    is_marker,
+    is_tracer,
+    layer_index,
+    leaf_name,
+    module_of,
+    nearby,
+)
+from flax_tied_lora._tree.processes import gathered, spread
+from flax_tied_lora._tree.quantized_array import QuantizedArray, array_of, plain_array
+
+SAME_ARRAY = "same array"
+DECLARED = "declared"
+CONFIG = "model config"
+EQUAL_VALUES = "equal values"
+DATA_FLOW = "data flow"
+
+# Modules that model families call their input embedding and their output projection by.
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed")
+HEADS = ("lm_head", "output", "embed_out")
+_SAMPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A leaf of a tie group.
+
+    Attributes:
+      path: of the leaf.
+      transposed: whether the leaf is the transpose of the group's canonical leaf.
+    """
+
+    path: str
+    transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TieGroup:
+    """One stored array, and every leaf that is that array.
+
+    Attributes:
+      members: the leaves; the first one is canonical, and is stored.
+      found: how the tie is known: "same array", "declared", "model config", "equal values",
+        "data flow" (one leaf, read at several call sites).
+    """
+
+    members: tuple[Member, ...]
+    found: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Path of the canonical leaf."""
+        return self.members[0].path
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all members."""
+        return tuple(m.path for m in self.members)
+
+    def __str__(self) -> str:
+        names = [m.path + (" (transposed)" if m.transposed else "") for m in self.members]
+        return f"{' = '.join(names)} [{', '.join(self.found)}]"
+
+
+def is_table(path: str) -> bool:
+    """Returns whether a leaf's name says that rows are picked from it: Flax's ``embedding``."""
+    return "embedding" in leaf_name(path)
+
+
+def same_arrays(leaves: Mapping[str, Any]) -> list[list[str]]:
+    by_identity: dict[int, list[str]] = {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.Array | np.ndarray | QuantizedArray) and leaf.ndim:
+            by_identity.setdefault(id(leaf), []).append(path)
+    return [paths for paths in by_identity.values() if len(paths) > 1]
+
+
+def declare(leaves: Mapping[str, Any], entry: Any, links: Any) -> None:
+    if isinstance(entry, TieGroup):
+        first = entry.members[0]
+        source = entry.found[0] if entry.found else DECLARED
+        for member in entry.members:
+            _existing(leaves, member.path)
+        for member in entry.members[1:]:
+            transposed = member.transposed != first.transposed
+            _check_shapes(leaves, first.path, member.path, transposed)
+            links.add(first.path, member.path, transposed, source)
+        return
+    if not (
+        isinstance(entry, Sequence)
+        and len(entry) in (2, 3)
+        and all(isinstance(e, str) for e in entry)
+    ):
+        raise TypeError(
+            f"find_ties: a declared tie is {entry!r}; expected a pair of leaf paths, or a TieGroup"
+        )
+    first, second, *how = entry
+    for path in (first, second):
+        _existing(leaves, path)
+    if first == second:
+        raise ValueError(f"find_ties: {first!r} is declared tied to itself; name two leaves")
+    if how and how[0] not in ("same", "transposed"):
+        raise ValueError(
+            f"find_ties: {how[0]!r} in a declared tie; expected 'same' or 'transposed'"
+        )
+    links.add(first, second, _orientation(leaves, first, second, how), DECLARED)
+
+
+def _existing(leaves: Mapping[str, Any], path: str) -> None:
+    if path not in leaves:
+        raise ValueError(
+            f"find_ties: {path!r} is declared tied but is no leaf of the params; leaves with such "
+            f"a name: {', '.join(map(repr, nearby(path, leaves)))}"
+        )
+
+
+def _orientation(leaves: Mapping[str, Any], first: str, second: str, how: Sequence[str]) -> bool:
+    a, b = tuple(leaves[first].shape), tuple(leaves[second].shape)
+    if how:
+        transposed = how[0] == "transposed"
+        _check_shapes(leaves, first, second, transposed)
+        return transposed
+    fits_same, fits_transposed = a == b, len(a) == 2 and a == b[::-1]
+    if fits_same and fits_transposed:
+        raise ValueError(
+            f"find_ties: {first!r} and {second!r} are both {describe(leaves[first])}, so either "
+            f"orientation fits; say which: ({first!r}, {second!r}, 'same') or (..., 'transposed')"
+        )
+    _check_shapes(leaves, first, second, fits_transposed)
+    return fits_transposed
+
+
+def _check_shapes(leaves: Mapping[str, Any], first: str, second: str, transposed: bool) -> None:
+    a, b = tuple(leaves[first].shape), tuple(leaves[second].shape)
+    if (a[::-1] if transposed and len(a) == 2 else a) != b or (transposed and len(a) != 2):
+        other = f"; a transposed member would be {list(a[::-1])}" if len(a) == 2 else ""
+        raise ValueError(
+            f"find_ties: {second!r} {list(b)} is declared tied to {first!r} {list(a)}{other}. "
+            "Check ties=..., or leave one of them out"
+        )
+
+
+def from_config(leaves: Mapping[str, Any], config: Any, links: Any) -> None:
+    get = config.get if isinstance(config, Mapping) else lambda n, d=None: getattr(config, n, d)
+    tied = get("tie_word_embeddings")
+    if not isinstance(tied, bool):
+        raise ValueError(
+            f"find_ties: the config's tie_word_embeddings is {tied!r}; expected True or False"
+        )
+    tables, heads = _vocabulary_leaves(leaves, get("vocab_size"))
+    if not tied:
+        links.remove(tables, heads)
+        return
+    if len(tables) > 1 and heads:
+        raise ValueError(
+            "find_ties: the config says tie_word_embeddings, and each of "
+            f"{', '.join(map(repr, tables))} could be the input embedding; say which with "
+            "ties=[(embedding, head), ...]"
+        )
+    for table in tables:
+        for head in heads:
+            a, b = tuple(leaves[table].shape), tuple(leaves[head].shape)
+            # A projection's kernel is [width, vocabulary] in Flax.
+            links.add(table, head, a[::-1] == b, CONFIG)
+    if not tables:
+        raise ValueError(
+            "find_ties: the config says tie_word_embeddings, and no leaf looks like the input "
+            f"embedding (a leaf called 'embedding' of vocab_size={get('vocab_size')} rows in one "
+            f"of {', '.join(EMBEDDINGS)}); say which with ties=[(embedding, head), ...]"
+        )
+
+
+def _vocabulary_leaves(leaves: Mapping[str, Any], size: Any) -> tuple[list[str], list[str]]:
+    """Returns the leaves that are input embeddings, and those that are output projections."""
+    matrices = {
+        p: tuple(x.shape) for p, x in leaves.items()
+        if not is_marker(x) and len(getattr(x, "shape", ())) == 2
+    }  # fmt: skip
+    tables = [
+        p for p, shape in matrices.items()
+        if is_table(p) and (shape[0] == size or leaf_name(module_of(p)) in EMBEDDINGS)
+        and (size is None or shape[0] >= size)
+    ]  # fmt: skip
+    shapes = {matrices[p] for p in tables}
+    heads = [
+        p for p, shape in matrices.items()
+        if p not in tables and (shape in shapes or shape[::-1] in shapes)
+        # Within a layer such a shape is chance: a fused q, k, v kernel of a small model.
+        and (leaf_name(module_of(p)) in HEADS or (size in shape and layer_index(p, None) is None))
+    ]  # fmt: skip
+    named = [p for p in tables if leaf_name(module_of(p)) in EMBEDDINGS]
+    return named or tables, heads
+
+
+def by_value(leaves: Mapping[str, Any], links: Any) -> None:
+    """Compares shapes first, then a sample, then the whole; constant arrays never count."""
+    by_shape: dict[Any, list[str]] = {}
+    for path, leaf in leaves.items():
+        stored = array_of(leaf)
+        concrete = isinstance(stored, np.ndarray | jax.Array) and not is_tracer(stored)
+        if concrete and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
+            by_shape.setdefault((tuple(sorted(leaf.shape)), str(leaf.dtype)), []).append(path)
+    for paths in by_shape.values():
+        by_sample: dict[Any, list[str]] = {}
+        for path in paths if len(paths) > 1 else ():
+            leaf = plain_array(leaves[path])
+            shape, row, column = tuple(leaf.shape), *_sample(leaf)
+            keys = {(shape, row, column): False}
+            if len(shape) == 2:
+                keys.setdefault((shape[::-1], column, row), True)
+            hits = [(other, flip) for key, flip in keys.items() for other in by_sample.get(key, ())]
+            for other, flip in hits:
+                if _equal(plain_array(leaves[other]), leaf, flip):
+                    links.add(other, path, flip, EQUAL_VALUES)
+                    break
+            by_sample.setdefault((shape, row, column), []).append(path)
+
+
+def _sample(leaf: Any) -> tuple[bytes, bytes]:
+    """Returns the first entries of the first row and of the first column."""
+    index = (0,) * (leaf.ndim - 2)
+    row, column = leaf[(*index, 0)][:_SAMPLE], leaf[(*index, slice(_SAMPLE), 0)]
+    row, column = gathered((row, column))
+    return np.asarray(row).tobytes(), np.asarray(column).tobytes()
+
+
+def _equal(a: Any, b: Any, transposed: bool) -> bool:
+    # Arrays that other processes hold parts of are compared where they are.
+    xp: Any = jnp if spread((a, b)) else np
+    left, right = xp.asarray(a), xp.asarray(b).T if transposed else xp.asarray(b)
+    constant = xp.all(left == left[(0,) * left.ndim])
+    return bool(xp.array_equal(left, right)) and not bool(constant)

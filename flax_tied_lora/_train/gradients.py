@@ -1,0 +1,63 @@
+"""Gradients of the adapters only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._tree.boxes import in_place
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """Returns a function that gives a loss and its gradient with respect to the adapters.
+
+    Like `jax.value_and_grad`, but only ``adapted.adapters`` is differentiated: the frozen params
+    are not. The gradient of a tied factor is the sum over all call sites of its group.
+
+    Outside of `jax.jit` a gradient is sharded like its factor; within, on Auto mesh axes, that has
+    to be asked for (docs/meshes.md).
+
+    Args:
+      loss_fn: called ``loss_fn(adapted, *args, **kwargs)``; returns a scalar.
+      has_aux: whether it returns ``(scalar, anything)``.
+
+    Returns:
+      A function of the same arguments that returns ``(value, grads)``, the gradients in the
+      structure of ``adapted.adapters``, ready for Optax.
+
+    Raises:
+      TypeError: the first argument is not an `Adapted`.
+
+    Example::
+
+      apply = tied_lora.adapt(model.apply)
+
+      def loss_fn(adapted, tokens):
+          logits = apply({"params": adapted}, tokens[:, :-1])
+          return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+      loss, grads = tied_lora.value_and_grad(loss_fn)(adapted, tokens)
+      updates, state = optimizer.update(grads, state, adapted.adapters)
+      adapted = adapted.replace(adapters=optax.apply_updates(adapted.adapters, updates))
+    """
+
+    def run(adapted: Adapted, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not isinstance(adapted, Adapted):
+            raise TypeError(
+                f"value_and_grad: the first argument is a {type(adapted).__name__}; expected an "
+                "Adapted, as wrap returns it"
+            )
+
+        def of_adapters(adapters: Any) -> Any:
+            return loss_fn(adapted.replace(adapters=adapters), *args, **kwargs)
+
+        value, grads = jax.value_and_grad(of_adapters, has_aux=has_aux)(adapted.adapters)
+        # A loss that was compiled gives them back as the compiler had them.
+        return value, jax.tree.map(in_place, adapted.adapters, grads)
+
+    return run

@@ -1,0 +1,4 @@
+"""Params as a pytree: leaf paths, boxes, random keys, shardings, processes, quantised leaves.
+
+Knows JAX and Flax's boxes; nothing of this library.
+"""

@@ -1,0 +1,174 @@
+"""Leaf paths: how a leaf of any pytree is named, and how targets are matched against names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from flax_tied_lora._tree.quantized_array import is_quantized
+
+# What a box (`nn.Partitioned`, `nnx.Variable`) calls the array it holds; not part of a leaf's name.
+_BOX_FIELDS = frozenset({"value", "raw_value"})
+
+
+@jax.tree_util.register_static
+class TiedLeaf:
+    """Leafless marker that stands where a member of a tie group was taken out of a pytree.
+
+    The array is stored once, at the group's canonical leaf; `adapt`, `merge` and `base` put it
+    back.
+    """
+
+    def __init__(self, key: str, transposed: bool = False):
+        self.key, self.transposed = key, transposed
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, TiedLeaf)
+            and (self.key, self.transposed) == (other.key, other.transposed)
+        )  # fmt: skip
+
+    def __hash__(self) -> int:
+        return hash((self.key, self.transposed))
+
+    def __repr__(self) -> str:
+        return f"TiedLeaf({self.key!r}{', transposed' if self.transposed else ''})"
+
+
+def is_marker(node: Any) -> bool:
+    return isinstance(node, TiedLeaf)
+
+
+def refuse_markers(what: str, leaves: Mapping[str, Any], instead: str) -> None:
+    """Refuses leaves among which there are markers: the params of an `Adapted`.
+
+    Args:
+      instead: what to do, for the error.
+
+    Raises:
+      TypeError: there is one.
+    """
+    for path, leaf in leaves.items():
+        if is_marker(leaf):
+            raise TypeError(
+                f"{what}: {path!r} is a marker of a tie group: these are the params of an Adapted; "
+                f"{instead}"
+            )
+
+
+def is_leaf(node: Any) -> bool:
+    """Returns whether a node of the params counts as a leaf, whatever it holds."""
+    return is_marker(node) or is_quantized(node)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Returns the name of a key path: its entries joined by ``/``, without the boxes' fields.
+
+    >>> import jax
+    >>> path_name((jax.tree_util.DictKey("dense"), jax.tree_util.DictKey("kernel")))
+    'dense/kernel'
+    """
+    entries = list(path)
+    while entries and isinstance(entries[-1], GetAttrKey) and entries[-1].name in _BOX_FIELDS:
+        entries.pop()
+    return "/".join(map(_entry_name, entries))
+
+
+def _entry_name(entry: Any) -> str:
+    match entry:
+        case DictKey(key) | FlattenedIndexKey(key):
+            return str(key)
+        case GetAttrKey(name):
+            return name
+        case SequenceKey(idx):
+            return str(idx)
+    return str(entry).strip(".[]'\"")
+
+
+def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    """Returns ``{leaf path: leaf}`` in flattening order, and the tree's structure.
+
+    Markers count as leaves, so that what was taken out can be put back, and so does what is stored
+    quantised.
+
+    Raises:
+      ValueError: two leaves have the same path.
+    """
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    leaves: dict[str, Any] = {}
+    for path, leaf in pairs:
+        name = path_name(path)
+        if name in leaves:
+            raise ValueError(
+                f"two leaves of the params are both named {name!r}: rename one of them "
+                "(a key that contains '/' reads like a nested one)"
+            )
+        leaves[name] = leaf
+    return leaves, treedef
+
+
+def module_of(path: str) -> str:
+    """Returns the path of the module that holds the leaf: all but the last entry."""
+    return path.rpartition("/")[0]
+
+
+def leaf_name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def dotted(path: str) -> str:
+    """Returns a path in PyTorch's spelling, which PEFT's patterns are written in."""
+    return path.replace("/", ".")
+
+
+def matches(target: str | Collection[str], path: str) -> str | None:
+    """Returns the target that names ``path``, or None.
+
+    A sequence names a path that equals one of its entries or ends with it, entry for entry; a
+    string is a regular expression for the whole of it. Either may be spelled with ``/`` or ``.``.
+    Follows ``peft.tuners.tuners_utils.check_target_module_exists``.
+    """
+    spellings = (path, dotted(path))
+    if isinstance(target, str):
+        return target if any(re.fullmatch(target, s) for s in spellings) else None
+    for name in target:
+        tail = dotted(name)
+        if spellings[1] == tail or spellings[1].endswith("." + tail):
+            return name
+    return None
+
+
+def nearby(name: str, names: Iterable[str], limit: int = 5) -> list[str]:
+    """Returns the names that look most like ``name``, for an error's remedy."""
+    last = {dotted(n).rpartition(".")[2]: n for n in sorted(names, reverse=True)}
+    close = difflib.get_close_matches(dotted(name).rpartition(".")[2], list(last), limit, 0.5)
+    return [last[c] for c in close] or sorted(last.values())[:limit]
+
+
+def layer_index(path: str, layers_pattern: Collection[str] | None) -> int | None:
+    """Returns the index of the layer that a module path lies in, or None.
+
+    The first number that stands behind one of the patterns, or without patterns behind any entry;
+    Flax's ``layers_3`` counts like ``layers/3``. Follows
+    ``peft.tuners.tuners_utils.check_target_module_exists``.
+    """
+    for pattern in layers_pattern or ("[^.]*?",):
+        found = re.match(rf"(?:^|.*?\.){pattern}[._](\d+)(?:\.|$)", dotted(path))
+        if found:
+            return int(found.group(1))
+    return None
+
+
+def is_tracer(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def describe(leaf: Any) -> str:
+    """Returns a leaf's shape and dtype, for messages: ``float32[16, 8]``."""
+    shape = ", ".join(map(str, getattr(leaf, "shape", ())))
+    return f"{getattr(leaf, 'dtype', type(leaf).__name__)}[{shape}]"

@@ -1,0 +1,200 @@
+"""`adapt`: turns a function of params into one of adapted params."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from flax_tied_lora._adapters.adapted import Adapted, is_adapted
+from flax_tied_lora._adapters.merge import plain
+from flax_tied_lora._adapters.terms import quantized_weights, weights_of
+from flax_tied_lora._algebra.quantized import Quantized
+from flax_tied_lora._algebra.weight import Dense, Weight
+from flax_tied_lora._interpreter.context import Context, OnDense
+from flax_tied_lora._interpreter.evaluate import evaluate
+from flax_tied_lora._interpreter.materialised import warn_of_dense
+from flax_tied_lora._interpreter.sites import Read, numbered
+from flax_tied_lora._interpreter.tracing import Calls, filling
+from flax_tied_lora._tree.paths import flatten
+
+
+class UnreadTargetWarning(UserWarning):
+    """An adapted leaf was read nowhere in a call."""
+
+    __module__ = "flax_tied_lora"
+
+
+def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[..., Any]:
+    """Returns a function like ``fn`` that takes an `Adapted` wherever ``fn`` took params.
+
+    The result equals that of ``fn`` on the merged params, values and gradients, without the merged
+    weights ever being made: ``fn`` is traced with plain params, and its program is evaluated with
+    each adapted weight as its parts. Only the adapted weights are traced. All other arguments reach
+    ``fn`` as they are, and results that are no arrays come back as they are. Inside `jax.jit`
+    this costs tracing only.
+
+    Args:
+      fn: any function of params: a model's ``apply``, a loss, a training step.
+      on_dense: what to do where a weight meets an operation without a low-rank rule and is added up
+        into one array: ``"warn"`` once for each such place, ``"error"``, or ``"allow"``.
+
+    Raises:
+      ValueError: the call has no `Adapted` among its arguments; or (`DensifyError`) a weight had to
+        be added up and ``on_dense="error"``.
+
+    Example::
+
+      apply = tied_lora.adapt(model.apply)
+      logits = apply({"params": adapted}, tokens)
+    """
+    if on_dense not in ("warn", "error", "allow"):
+        raise ValueError(f"adapt: on_dense={on_dense!r}; expected 'warn', 'error' or 'allow'")
+    if not callable(fn):
+        raise TypeError(f"adapt: expected a function, got {type(fn).__name__}")
+
+    @functools.wraps(fn, updated=())
+    def adapted_fn(*args: Any, **kwargs: Any) -> Any:
+        result, reads, adapteds = call(fn, on_dense, args, kwargs)
+        if on_dense == "warn":
+            warn_of_dense(numbered(reads))
+        warn_of_unread(reads, adapteds)
+        return result
+
+    return adapted_fn
+
+
+def is_opaque(x: Any) -> bool:
+    """Returns whether a part of the arguments is adapted, or holds nothing that is.
+
+    The latter is passed on as the object that it is: a model object that keeps state is no copy.
+    """
+    return is_adapted(x) or not any(map(is_adapted, jax.tree.leaves(x, is_leaf=is_adapted)))
+
+
+def call(
+    fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
+) -> tuple[Any, list[Read], list[Adapted]]:
+    """Returns what ``fn`` returns on adapted arguments, the call sites met, and the arguments."""
+    run = evaluated(fn, on_dense, args, kwargs)
+    return run.returned(run.result), run.context.reads, run.adapteds
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """What a function of adapted arguments came to.
+
+    Attributes:
+      result: what it returned, with symbolic weights where it handed them back.
+      weights: those that went in, by leaf path, of each adapted argument.
+      context: of the evaluation, with the call sites met.
+      adapteds: the adapted arguments.
+    """
+
+    result: Any
+    weights: list[dict[str, Weight]]
+    context: Context
+    adapteds: list[Adapted]
+
+    def returned(self, tree: Any) -> Any:
+        """Returns a part of the result with the weights in it added up."""
+        return jax.tree.map(
+            lambda x: self.context.returned(x) if isinstance(x, Weight) else x, tree,
+            is_leaf=lambda x: isinstance(x, Weight),
+        )  # fmt: skip
+
+
+def evaluated(
+    fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
+) -> Evaluated:
+    """Returns what ``fn`` comes to on adapted arguments, weights that it hands back symbolic."""
+    nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=is_opaque)
+    places = [i for i, x in enumerate(nodes) if is_adapted(x)]
+    adapteds = [nodes[i] for i in places]
+    if not adapteds:
+        kinds = ", ".join(sorted({type(x).__name__ for x in (*args, *kwargs.values())})) or "none"
+        raise ValueError(
+            f"adapt: no Adapted among the arguments (found {kinds}), so nothing would be adapted; "
+            "pass what wrap returns where the params went. A transformers Flax model needs it as "
+            "params=adapted"
+        )
+    context = Context(on_dense)
+    named = [
+        _weights(adapted, mark_of(number, adapteds), context)
+        for number, adapted in enumerate(adapteds)
+    ]
+    weights = [w for own in named for w in own.values()]
+    fill = filling(outer, nodes, places)
+
+    def arguments(values: Sequence[Any]) -> Any:
+        rest = iter(values)
+        arrays = [{path: next(rest) for path in own} for own in named]
+        return fill([plain(a, own) for a, own in zip(adapteds, arrays, strict=True)])
+
+    closed, outputs = Calls(fn, arguments).jaxpr([_aval(w) for w in weights])
+    values = evaluate(context, closed.jaxpr, closed.consts, weights)
+    return Evaluated(outputs.filled(values), named, context, adapteds)
+
+
+def _weights(adapted: Adapted, mark: str, context: Context) -> dict[str, Weight]:
+    """Returns the weights of an adapted argument by leaf path, and tells the context of them."""
+    leaves, _ = flatten(adapted.params)
+    weights = weights_of(adapted, leaves)
+    for group in adapted.plan.adapted:
+        for member in group.members:
+            context.leaves[member.path + mark] = group.info(member)  # type: ignore[index]
+    weights |= quantized_weights(adapted, leaves, weights)
+    return {path: _marked(weight, mark) for path, weight in weights.items()}
+
+
+def _marked(weight: Weight, mark: str) -> Weight:
+    """Returns a weight under the names that tell its leaves from another argument's."""
+    if not mark:
+        return weight
+    named = tuple(dataclasses.replace(o, leaf=o.leaf + mark) for o in weight.origins)
+    terms = tuple(t.renamed(lambda name: name + mark) for t in weight.terms)
+    return weight.replace(origins=named, terms=terms)
+
+
+def _aval(weight: Weight) -> Any:
+    """Returns the aval of an adapted leaf, with the sharding that its array has."""
+    base = next(t for t in weight.terms if isinstance(t, Dense | Quantized))
+    if isinstance(base, Quantized):
+        return base.aval(weight.shape, weight.dtype)
+    return jax.typeof(base.array)
+
+
+def mark_of(number: int, adapteds: Sequence[Adapted]) -> str:
+    """Returns what tells apart leaves of the same name in several adapted arguments."""
+    return f" (adapted argument {number})" if len(adapteds) > 1 else ""
+
+
+def warn_of_unread(reads: Sequence[Read], adapteds: Sequence[Adapted], stacklevel: int = 3) -> None:
+    """Warns of each adapter that no call site was served by."""
+    read = {r.site.leaf for r in reads}
+    served = {key for r in reads for key in r.groups}
+    for number, adapted in enumerate(adapteds):
+        mark = mark_of(number, adapteds)
+        for group in adapted.plan.adapted:
+            if not read & {m.path + mark for m in group.members}:
+                warnings.warn(
+                    f"adapt: {group.key!r} is adapted and read nowhere in this call: its adapter "
+                    "has no effect here. Take it out of target_modules, or check that the model "
+                    "uses it",
+                    UnreadTargetWarning,
+                    stacklevel=stacklevel,
+                )
+                continue
+            for adapter in group.separate:
+                if adapter.key + mark not in served:
+                    warnings.warn(
+                        f"adapt: {adapter.key!r} is for call sites that are not in this call, so "
+                        "it has no effect here; explain shows the call sites, and what they are "
+                        "served by",
+                        UnreadTargetWarning,
+                        stacklevel=stacklevel,
+                    )

@@ -1,0 +1,121 @@
+"""`trace`: which leaf is read where, how, and in what role, found on shapes alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_tied_lora._algebra.weight import Dense, Origin, Weight
+from flax_tied_lora._interpreter.context import Context
+from flax_tied_lora._interpreter.evaluate import evaluate
+from flax_tied_lora._interpreter.sites import CallSites, numbered, with_batch
+from flax_tied_lora._interpreter.tracing import Calls, filling
+from flax_tied_lora._tree.paths import path_name
+from flax_tied_lora._tree.quantized_array import is_quantized
+
+
+def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
+    """Returns the call sites of every parameter leaf in ``fn(*args, **kwargs)``.
+
+    Nothing is computed: arrays may be given as `jax.ShapeDtypeStruct`. The params are the
+    ``params`` collection of any argument or the argument named so; where there is none, the first
+    argument that is a pytree of floating-point arrays and not an array itself. A leaf's path is
+    its path within the params.
+
+    Args:
+      fn: a function that takes plain params, for example ``model.apply``.
+      *args: its arguments.
+      **kwargs: its keyword arguments.
+
+    Raises:
+      ValueError: no params are found among the arguments.
+
+    Example::
+
+      sites = tied_lora.trace(model.apply, {"params": params}, tokens)
+      sites |= tied_lora.trace(model.apply, {"params": params}, tokens, method=model.encode)
+      adapted = tied_lora.wrap(params, config, sites=sites)
+    """
+    places, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_quantized)
+    names = _parameter_names([path for path, _ in places], [leaf for _, leaf in places])
+    leaves = [leaf for _, leaf in places]
+    if not any(names):
+        raise ValueError(
+            "trace: found no params among the arguments: expected a 'params' collection, an "
+            "argument named params, or a pytree of floating-point arrays"
+        )
+    traced = [i for i, (n, x) in enumerate(zip(names, leaves, strict=True)) if n or _abstract(x)]
+    calls = Calls(fn, filling(treedef, leaves, traced))
+    closed, _ = calls.jaxpr([_shape(leaves[i]) for i in traced])
+    context = Context(on_dense="allow")
+
+    def symbolic(*arrays: Any) -> None:
+        weights = [
+            _whole(names[i], array) if names[i] else array
+            for i, array in zip(traced, arrays, strict=True)
+        ]
+        context.reads.clear()
+        outputs = evaluate(context, closed.jaxpr, closed.consts, weights)
+        for x in outputs:  # rows that were picked, and handed back
+            if isinstance(x, Weight) and all(o.picked for o in x.origins):
+                context.returned(x)
+
+    jax.eval_shape(symbolic, *(_shape(leaves[i]) for i in traced))
+    ndims = {names[i]: len(leaves[i].shape) for i in traced}
+    return CallSites(tuple(r.site for r in with_batch(numbered(context.reads), ndims)))
+
+
+def _whole(name: str, array: Any) -> Weight:
+    axes = tuple((i,) for i in range(array.ndim))
+    return Weight((Dense(array),), None, tuple(array.shape), array.dtype, (Origin(name, axes),))
+
+
+def _abstract(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _shape(leaf: Any) -> Any:
+    if is_quantized(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return leaf if _abstract(leaf) else jax.typeof(leaf)
+
+
+def _is_parameter(leaf: Any) -> bool:
+    known = isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    if not known and not is_quantized(leaf):
+        return False
+    return len(leaf.shape) > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _parameter_names(paths: Sequence[Any], leaves: Sequence[Any]) -> list[str]:
+    """Returns each leaf's path within the params, "" for what is no parameter."""
+    entries = [path_name(path).split("/") for path in paths]
+
+    def within(start: Callable[[list[str]], int | None]) -> list[str]:
+        cuts = [start(e) for e in entries]
+        return [
+            "/".join(e[cut:]) if cut is not None and cut < len(e) and _is_parameter(leaf) else ""
+            for e, cut, leaf in zip(entries, cuts, leaves, strict=True)
+        ]
+
+    # ["0", "<argument>", ...]: an argument; ["1", "<keyword>", ...]: a keyword argument.
+    def collection(e: list[str]) -> int | None:
+        if e[0] == "1" and len(e) > 2 and e[1] == "params":
+            return 3 if e[2] == "params" and len(e) > 3 else 2
+        return 3 if len(e) > 3 and e[2] == "params" else None
+
+    names = within(collection)
+    if any(names):
+        return names
+    for _, group in itertools.groupby(range(len(entries)), key=lambda i: tuple(entries[i][:2])):
+        members = set(group)
+        argument = entries[next(iter(members))][:2]
+        names = within(lambda e, argument=argument: 2 if e[:2] == argument and len(e) > 2 else None)
+        if any(names):
+            return names
+    return [""] * len(entries)

@@ -1,0 +1,143 @@
+"""`wrap`: params in, `Adapted` out."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_tied_lora._adapters.adapted import Adapted, is_adapted
+from flax_tied_lora._adapters.init_from_weight import start_from_weights
+from flax_tied_lora._adapters.make import DTYPE, make_adapters
+from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._planning.build import Named, plan_of
+from flax_tied_lora._planning.plan import LORA, Plan
+from flax_tied_lora._planning.tying import says_untied
+from flax_tied_lora._ties.find import TieGroup, all_groups, ties_among
+from flax_tied_lora._tree.boxes import boxes_of
+from flax_tied_lora._tree.keys import typed_key
+from flax_tied_lora._tree.paths import TiedLeaf, describe, flatten, refuse_markers
+from flax_tied_lora._tree.quantized_array import array_of
+
+
+def wrap(
+    params: Any,
+    config: LoraConfig,
+    *,
+    sites: CallSites | None = None,
+    ties: Any = "auto",
+    rng: jax.Array | None = None,
+) -> Adapted:
+    """Returns params with LoRA factors for every tie group that the config targets.
+
+    Follows ``peft.get_peft_model``; the params are left as they are, and nothing is added to them:
+    `adapt` makes a model take the result where it took params.
+
+    Args:
+      params: any pytree of arrays with key paths (dict, FrozenDict, ``nnx.State``, boxed leaves),
+        or of `jax.ShapeDtypeStruct`; then the factors are abstract too.
+      config: what to adapt, and how.
+      sites: call sites of the model, from `trace`. Needed for leaves of more than two axes, for
+        ``"all-linear"``, and for targets that have no leaf of their own, like a tied ``lm_head``.
+      ties: as in `find_ties`.
+      rng: key for the factors, default ``jax.random.key(0)``; each group's key is folded into it,
+        so the order of targets never matters.
+
+    Returns:
+      An `Adapted`. ``lora_a`` is [batch..., rows..., r] and ``lora_b`` [batch..., r, cols...] in
+      the leaf's own layout, both float32; rows and columns are those of the call sites (rows of a
+      table are what is picked, of a kernel what is summed over), else the two axes in order.
+
+    Raises:
+      ValueError: no target names anything, a declared tie does not fit, a rank is above what the
+        matrix can hold, a leaf's axes are not known or used in two incompatible ways.
+      TypeError: ``params`` is wrapped already, or an argument is of the wrong type.
+
+    Example::
+
+      config = tied_lora.LoraConfig(r=8, lora_alpha=16, target_modules=["embed_tokens", "q_proj"])
+      adapted = tied_lora.wrap(params, config)
+    """
+    return wrap_as(config, params, None, sites=sites, ties=ties, rng=rng)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pauses Python's cyclic garbage collector.
+
+    Of the objects of 10,000 targets none is garbage, and looking for some takes 40 % of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
+def wrap_as(
+    config: LoraConfig, params: Any, named: Named | None, *, sites: CallSites | None,
+    ties: Any, rng: jax.Array | None = None,
+) -> Adapted:  # fmt: skip
+    """Returns what `wrap` does; what is adapted may be known, in place of what the config names."""
+    leaves, treedef = _checked(params, config, sites)
+    rng = jax.random.key(0) if rng is None else typed_key("wrap", rng)
+    groups = all_groups(leaves, ties_among(leaves, ties, sites=sites))
+    for group in groups:
+        _no_hidden_conflict(group, leaves)
+    plan = plan_of(config, leaves, groups, sites, says_untied(ties), named)
+    scalings = {a.key: config.scaling_for(a.module) for _, a in plan.adapters(LORA)}
+    adapters = make_adapters(plan, leaves, boxes_of(params), rng)
+    abstract = any(isinstance(array_of(leaves[g.key]), jax.ShapeDtypeStruct) for g in plan.adapted)
+    if abstract:
+        scaling = {key: jax.ShapeDtypeStruct((), DTYPE) for key in scalings}
+    else:  # All in one go: one by one, ten thousand take a second.
+        scaling = jax.device_put({k: np.asarray(s, DTYPE) for k, s in scalings.items()})
+    adapters, leaves = start_from_weights(plan, adapters, leaves, scalings, rng)
+    return Adapted(stored_once(leaves, treedef, plan), adapters, scaling, None, plan)
+
+
+def _checked(params: Any, config: Any, sites: Any) -> tuple[dict[str, Any], Any]:
+    if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
+        raise TypeError(
+            "wrap: these params are wrapped already; wrap tied_lora.base(adapted) for other "
+            "adapters, or tied_lora.merge(adapted) to build on these"
+        )
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"wrap: config is a {type(config).__name__}; expected a LoraConfig")
+    if sites is not None and not isinstance(sites, CallSites):
+        raise TypeError(f"wrap: sites is a {type(sites).__name__}; expected what trace returns")
+    leaves, treedef = flatten(params)
+    if not leaves:
+        raise ValueError("wrap: params has no leaves; expected the params of an initialised model")
+    refuse_markers("wrap", leaves, "wrap tied_lora.base(adapted) instead")
+    return leaves, treedef
+
+
+def _no_hidden_conflict(group: TieGroup, leaves: Mapping[str, Any]) -> None:
+    first = leaves[group.key]
+    for member in group.members[1:]:
+        leaf = leaves[member.path]
+        if getattr(leaf, "dtype", None) != getattr(first, "dtype", None):
+            raise ValueError(
+                f"wrap: {member.path!r} {describe(leaf)} is tied to {group.key!r} "
+                f"{describe(first)}, which is of another dtype; cast one of them, or leave it out "
+                "of ties=..."
+            )
+
+
+def stored_once(leaves: Mapping[str, Any], treedef: Any, plan: Plan) -> Any:
+    """Returns the params with a marker in place of every member but the canonical one."""
+    markers = {
+        member.path: TiedLeaf(group.key, member.transposed)
+        for group in plan.groups
+        for member in group.members[1:]
+    }
+    return jax.tree.unflatten(treedef, [markers.get(path, leaf) for path, leaf in leaves.items()])
