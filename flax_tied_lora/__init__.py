@@ -17,6 +17,7 @@ from flax_tied_lora._interpreter.registry import register_rule as register_rule
 from flax_tied_lora._interpreter.sites import CallSite as CallSite
 from flax_tied_lora._interpreter.sites import CallSites as CallSites
 from flax_tied_lora._interpreter.sites import Read as Read
+from flax_tied_lora._losses import rule as _loss_rule  # noqa: F401 (registers it)
 from flax_tied_lora._planning.plan import AdapterPlan as AdapterPlan
 from flax_tied_lora._planning.plan import GroupPlan as GroupPlan
 from flax_tied_lora._planning.plan import Plan as Plan
