@@ -33,7 +33,7 @@ test-gpu: $(VENV)/.test
 # In an environment of its own: libtpu, the TPU's compiler, would be found by every other run.
 test-tpu:
 	$(MAKE) VENV=.venv-tpu .venv-tpu/.tpu
-	.venv-tpu/bin/python -m pytest -m tpu tests/test_tpu.py $(PYTEST_ARGS)
+	.venv-tpu/bin/python -m pytest -m tpu tests/whole/test_tpu.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests import compiling
+from tests.helpers import compiling
 
 # JAX reads these when it starts, so they come before its import. A GPU run sets JAX_PLATFORMS.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import flax_tied_lora as tied_lora
-from tests.oracle import perturbed
+from tests.helpers.oracle import perturbed
 
 # The models are of one size, and tunix and gemma call their table the same.
 VOCABULARY, WIDTH, HIDDEN, HEADS, KEY_HEADS, HEAD = 64, 16, 24, 4, 2, 8

@@ -7,7 +7,7 @@ import pytest
 
 from tests.libraries import gemma_models as gemma_models  # its import of gemma, without TensorFlow
 from tests.libraries import tunix_models as tunix_models
-from tests.test_docs import ROOT, run_page
+from tests.whole.test_docs import ROOT, run_page
 
 
 @pytest.mark.slow

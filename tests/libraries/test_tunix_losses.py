@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 import flax_tied_lora as tied_lora
-from tests.full_logits import assert_same
+from tests.helpers.full_logits import assert_same
+from tests.helpers.oracle import perturbed
 from tests.libraries.comparing import TABLE, TOKENS
 from tests.libraries.tunix_models import build
-from tests.oracle import perturbed
 
 # tunix 0.1.7 reads `Variable.value`, which Flax 0.12 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import flax_tied_lora as tied_lora
-from tests import compiling
+from tests.helpers import compiling
 from tests.models.families import FAMILIES, Case, build
 
 # LongT5's global attention gives one_hot numbers that are no integers.

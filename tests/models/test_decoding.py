@@ -12,8 +12,8 @@ import pytest
 from jax import lax
 
 import flax_tied_lora as tied_lora
+from tests.helpers.small_models import wrapped
 from tests.models.families import TOKENS, build
-from tests.small_models import wrapped
 
 pytestmark = pytest.mark.models
 PROMPT, STEPS = TOKENS[[0, 1, 0]], 4

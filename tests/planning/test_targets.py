@@ -1,0 +1,246 @@
+"""Targets: names, regexes, all-linear, scopes, roles; layers and exclusions; axes from sites."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flax_tied_lora as tied_lora
+from flax_tied_lora import LoraConfig
+from tests.helpers.small_models import TOKENS, VOCAB, WIDTH, StackedLM, TiedLM, init
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(name="norm")(x)
+        return x + nn.Dense(WIDTH, name="v_proj")(nn.Dense(WIDTH, name="q_proj")(x))
+
+
+class Deep(nn.Module):
+    """Three layers in a list, and a head that may be tied."""
+
+    tied: bool = True
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(VOCAB, WIDTH, name="embed_tokens")
+        x = embed(tokens)
+        for i in range(3):
+            x = Block(name=f"layers_{i}")(x)
+        if not self.tied:
+            return nn.Dense(VOCAB, use_bias=False, name="lm_head")(x)
+        with jax.named_scope("lm_head"):
+            return embed.attend(x)
+
+
+MODEL = Deep()
+PARAMS = init(MODEL)
+SITES = tied_lora.trace(MODEL.apply, {"params": PARAMS}, TOKENS)
+TABLE = "embed_tokens/embedding"
+
+
+def adapted_keys(targets, params=PARAMS, sites=None, ties="auto", **options):
+    config = LoraConfig(r=2, target_modules=targets, **options)
+    return {g.key for g in tied_lora.wrap(params, config, sites=sites, ties=ties).plan.adapted}
+
+
+def kernels(name, layers=(0, 1, 2)):
+    return {f"layers_{i}/{name}/kernel" for i in layers}
+
+
+@pytest.mark.parametrize(
+    ("targets", "keys"),
+    [
+        (["q_proj"], kernels("q_proj")),
+        (["layers_1.q_proj"], kernels("q_proj", [1])),
+        (["layers_1/q_proj/kernel", "v_proj"], kernels("q_proj", [1]) | kernels("v_proj")),
+        (["embed_tokens"], {TABLE}),
+        (["embedding"], {TABLE}),
+        (r".*[/.](q|v)_proj", kernels("q_proj") | kernels("v_proj")),
+        (r"layers_[02]/v_proj", kernels("v_proj", [0, 2])),
+        (r".*kernel", kernels("q_proj") | kernels("v_proj")),
+    ],
+)
+def test_names_and_regexes(targets, keys):
+    assert adapted_keys(targets) == keys
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ({"exclude_modules": ["layers_1.q_proj"]}, kernels("q_proj", [0, 2])),
+        ({"exclude_modules": ["kernel"], "target_modules": ["q_proj", "embed_tokens"]}, {TABLE}),
+        ({"exclude_modules": r"layers_[01].*"}, kernels("q_proj", [2])),
+        ({"layers_to_transform": 1}, kernels("q_proj", [1])),
+        ({"layers_to_transform": [0, 2]}, kernels("q_proj", [0, 2])),
+        ({"layers_to_transform": [2], "layers_pattern": "layers"}, kernels("q_proj", [2])),
+        ({"layers_to_transform": [2], "layers_pattern": ["h", "layers"]}, kernels("q_proj", [2])),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::flax_tied_lora.UnmatchedTargetWarning")
+def test_exclusions_and_layers(options, keys):
+    assert adapted_keys(**{"targets": ["q_proj"], **_renamed(options)}) == keys
+
+
+def _renamed(options):
+    return {("targets" if k == "target_modules" else k): v for k, v in options.items()}
+
+
+def test_no_layer_is_left():
+    with pytest.raises(ValueError, match="names no leaf, module or call site"):
+        adapted_keys(["q_proj"], layers_to_transform=[7])
+
+
+# all-linear
+
+
+def test_all_linear_leaves_a_tied_table_out():
+    assert adapted_keys("all-linear", sites=SITES) == kernels("q_proj") | kernels("v_proj")
+    assert adapted_keys("All-Linear", sites=SITES) == kernels("q_proj") | kernels("v_proj")
+
+
+def test_all_linear_leaves_an_untied_output_projection_out():
+    model = Deep(tied=False)
+    params = init(model)
+    sites = tied_lora.trace(model.apply, {"params": params}, TOKENS)
+    expected = kernels("q_proj") | kernels("v_proj")
+    assert adapted_keys("all-linear", params, sites) == expected
+    declared = [(TABLE, "lm_head/kernel")]
+    assert adapted_keys("all-linear", params, sites, ties=declared) == expected
+
+
+def test_all_linear_takes_a_second_head_beside_a_tied_table():
+    """Of as many columns as a table has rows: it was taken for the output projection."""
+
+    class TwoHeads(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(VOCAB, WIDTH, name="embed_tokens")
+            x = embed(tokens) + nn.Embed(2, WIDTH, name="token_types")(tokens % 2)
+            return embed.attend(x), nn.Dense(2, name="next_sentence")(x)
+
+    model = TwoHeads()
+    params = init(model)
+    sites = tied_lora.trace(model.apply, {"params": params}, TOKENS)
+    assert adapted_keys("all-linear", params, sites) == {"next_sentence/kernel"}
+
+
+def test_all_linear_of_stacked_attention():
+    model = StackedLM()
+    params = init(model)
+    sites = tied_lora.trace(model.apply, {"params": params}, TOKENS)
+    layer = "layers/layer"
+    assert adapted_keys("all-linear", params, sites) == {
+        f"{layer}/q_proj/kernel", f"{layer}/o_proj/kernel"
+    }  # fmt: skip
+
+
+def test_all_linear_with_exclusions():
+    keys = adapted_keys("all-linear", sites=SITES, exclude_modules=["v_proj", "layers_0.q_proj"])
+    assert keys == kernels("q_proj", [1, 2])
+
+
+# Scopes and roles
+
+
+def test_head_without_a_leaf_is_known_by_its_scope():
+    config = LoraConfig(r=2, target_modules=["lm_head"])
+    plan = tied_lora.wrap(PARAMS, config, sites=SITES).plan
+    assert [(a.key, a.targets) for _, a in plan.adapters()] == [(TABLE, ("lm_head",))]
+    with pytest.raises(ValueError, match=r"sites = tied_lora.trace\(model.apply"):
+        tied_lora.wrap(PARAMS, config)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_tied_table_of_another_name_is_known_by_its_role(target):
+    def fn(params, ids):
+        return params["wte"]["table"][ids] @ params["wte"]["table"].T
+
+    params = {"wte": {"table": jnp.ones((12, 8))}}
+    sites = tied_lora.trace(fn, params, jnp.array([1]))
+    assert adapted_keys([target], params, sites) == {"wte/table"}
+    untied = tied_lora.trace(lambda p, i: p["wte"]["table"][i], params, jnp.array([1]))
+    with pytest.raises(ValueError, match="names no leaf"):
+        adapted_keys([target], params, untied)
+
+
+def test_path_comes_before_scope_and_role():
+    params = {**PARAMS, "lm_head": {"kernel": jnp.ones((8, 4))}}
+    assert adapted_keys(["lm_head"], params, SITES) == {"lm_head/kernel"}
+
+
+def test_several_targets_of_one_group():
+    config = LoraConfig(r=2, target_modules=["lm_head", "embed_tokens"])
+    [group] = tied_lora.wrap(PARAMS, config, sites=SITES).plan.adapted
+    assert group.adapters[0].targets == ("lm_head", "embed_tokens")
+
+
+# Biases and scales are not what a module's name means
+
+
+def test_biases_of_two_axes_are_left_alone():
+    model = StackedLM()
+    params = init(model)
+    sites = tied_lora.trace(model.apply, {"params": params}, TOKENS)
+    assert adapted_keys(["q_proj"], params, sites) == {"layers/layer/q_proj/kernel"}
+    flat = {"q_proj": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones((2, 4))}}
+    assert adapted_keys(["q_proj"], flat) == {"q_proj/kernel"}
+    assert adapted_keys(["q_proj/bias"], flat) == {"q_proj/bias"}
+
+
+# Axes
+
+
+def test_axes_come_from_the_sites():
+    model = StackedLM()
+    params = init(model)
+    sites = tied_lora.trace(model.apply, {"params": params}, TOKENS)
+    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj", "embed_tokens", "lm_head"])
+    plan = tied_lora.wrap(params, config, sites=sites).plan
+    axes = {g.key.split("/")[-2]: (g.batch, g.rows, g.cols, g.is_table) for g in plan.adapted}
+    assert axes == {
+        "embed_tokens": ((), (0,), (1,), True),
+        "q_proj": ((0,), (1,), (2, 3), False),
+        "o_proj": ((0,), (1, 2), (3,), False),
+        "lm_head": ((), (0,), (1,), False),
+    }
+
+
+def test_kernel_that_is_used_transposed_has_its_summed_axis_as_rows():
+    params = {"w": jnp.ones((6, 4))}
+    sites = tied_lora.trace(lambda p, x: x @ p["w"].T, params, jnp.ones((2, 4)))
+    [group] = tied_lora.wrap(
+        params, LoraConfig(r=2, target_modules=["w"]), sites=sites
+    ).plan.adapted
+    assert (group.rows, group.cols) == ((1,), (0,))
+    assert group.shapes(group.adapters[0]) == {"lora_a": (4, 2), "lora_b": (2, 6)}
+
+
+def test_tied_table_has_the_rows_of_its_lookup():
+    config = LoraConfig(r=2, target_modules=["embed_tokens"])
+    with_sites = tied_lora.wrap(PARAMS, config, sites=SITES).plan.adapted[0]
+    without = tied_lora.wrap(PARAMS, config).plan.adapted[0]
+    for group in (with_sites, without):
+        assert (group.rows, group.cols, group.is_table) == ((0,), (1,), True)
+
+
+def test_target_that_names_nothing_beside_one_that_does():
+    with pytest.warns(tied_lora.UnmatchedTargetWarning, match="'k_proj' .*nearby: .*q_proj"):
+        assert adapted_keys(["q_proj", "k_proj"]) == kernels("q_proj")
+
+
+def test_small_model_needs_no_sites():
+    assert adapted_keys(["up", "embed_tokens"], init(TiedLM())) == {TABLE, "up/kernel"}
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_for_no_target_warns(field):
+    params = {"a": {"kernel": jnp.ones((4, 4))}}
+    config = tied_lora.LoraConfig(r=2, target_modules=["a"], **{field: {"zzz": 1}})
+    with pytest.warns(tied_lora.UnmatchedTargetWarning, match=f"'zzz' in {field}.*'a'"):
+        tied_lora.wrap(params, config)
+    config = tied_lora.LoraConfig(r=2, target_modules=["a"], **{field: {"a": 1}})
+    tied_lora.wrap(params, config)
