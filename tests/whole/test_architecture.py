@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -31,6 +32,7 @@ ALONE = {
 }
 
 
+@functools.cache
 def imports(module: str) -> list[tuple[ast.stmt, str, str]]:
     """Returns the package's own imports of a module: statement, module, and name or ""."""
     found = []
@@ -45,6 +47,7 @@ def imports(module: str) -> list[tuple[ast.stmt, str, str]]:
     return found
 
 
+@functools.cache
 def outside(module: str) -> set[str]:
     """Returns what a module imports from elsewhere, as dotted paths."""
     found = set()
@@ -60,6 +63,7 @@ def folder(module: str) -> str:
     return module.split(".")[0]
 
 
+@functools.cache
 def reached(module: str) -> set[str]:
     """Returns all modules that importing one imports, by itself or through others."""
     seen, left = set(), [module]
