@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import jax
 
@@ -29,6 +29,17 @@ class UnreadTargetWarning(UserWarning):
     __module__ = "flax_tied_lora"
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+# What the first argument is of no longer says what may stand there; all else stays as it is.
+@overload
+def adapt(
+    fn: Callable[Concatenate[Any, _P], _R], *, on_dense: OnDense = "warn"
+) -> Callable[Concatenate[Any, _P], _R]: ...
+@overload
+def adapt(fn: Callable[_P, _R], *, on_dense: OnDense = "warn") -> Callable[_P, _R]: ...
 def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[..., Any]:
     """Returns a function like ``fn`` that takes an `Adapted` wherever ``fn`` took params.
 
