@@ -47,7 +47,8 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
     weights ever being made: ``fn`` is traced with plain params, and its program is evaluated with
     each adapted weight as its parts. Only the adapted weights are traced. All other arguments reach
     ``fn`` as they are, and results that are no arrays come back as they are. Inside `jax.jit`
-    this costs tracing only.
+    this costs tracing only. For a type checker the result has the signature of ``fn``, in which the
+    first argument may be anything.
 
     Args:
       fn: any function of params: a model's ``apply``, a loss, a training step.

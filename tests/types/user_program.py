@@ -87,14 +87,15 @@ def functional(tokens: jax.Array, folder: Path) -> jax.Array:
     both = arithmetic.switch(arithmetic.padded(both, 8), arithmetic.scale(trained, 2.0))
     found: arithmetic.Extraction = arithmetic.extract(params, merged, config, sites=sites)
     stacked = serving.put(serving.stack([trained, loaded], capacity=3), 2, found.adapted)
-    run = tied_lora.per_example(tied_lora.adapt(apply))
-    logits = run(serving.select(stacked, [0, 2]), tokens, scale=2.0)
-    axes = serving.adapter_axes(stacked)
+    served = tied_lora.adapt(apply)
+    logits = tied_lora.per_example(served)(serving.select(stacked, [0, 2]), tokens, scale=2.0)
+    jax.vmap(served, in_axes=(serving.adapter_axes(stacked), None))(stacked, tokens)
     model = tied_lora.AdaptedModel(Model(), trained)
     small = tied_lora.wrap(tied_lora.quantize(tied_lora.base(trained), "int8"), config, sites=sites)
     plain = tied_lora.dequantize(small)
     plain, vocabulary = tied_lora.grow_vocabulary(plain, 40, pad_to_multiple_of=8)
-    print(kinds, entries, both, axes, plain, vocabulary.size, tied_lora.stored_bytes(small.params))
+    assert tied_lora.stored_bytes(plain) > tied_lora.stored_bytes(small)
+    print(kinds, len(entries), both, vocabulary.size)
     return logits + model(tokens) + loss
 
 
@@ -105,7 +106,7 @@ def modules(tokens: jax.Array) -> jax.Array:
     lora = tied_lora.nnx.wrap(tied_lora.nnx.quantize(module, "int8"), config, sites=sites)
     tied_lora.nnx.explain(lora, tokens).assert_tied()
     again = tied_lora.nnx.from_adapted(module, tied_lora.nnx.adapted(lora))
-    print(tied_lora.nnx.params(again)["embed"], tied_lora.nnx.base(lora))
+    print(tied_lora.nnx.params(again).keys(), tied_lora.nnx.base(lora))
     return tied_lora.nnx.merge(lora)(tokens)
 
 
