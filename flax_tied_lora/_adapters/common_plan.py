@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._adapters.make import DTYPE, make_adapters
-from flax_tied_lora._adapters.ranks import filled, layout_of, reboxed
+from flax_tied_lora._adapters.ranks import filled, layout_of
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
-from flax_tied_lora._tree.boxes import boxes_of, unboxed
+from flax_tied_lora._tree.boxes import boxed_as, boxes_of, unboxed
 from flax_tied_lora._tree.paths import flatten
 
 
@@ -180,4 +180,4 @@ def _rows_among(tokens: Sequence[int], rows: Any, among: Sequence[int], frozen: 
     """Returns the rows of tokens in their places among others', which are as they were."""
     places = jnp.array([list(among).index(t) for t in tokens], jnp.int32)
     own = jnp.asarray(unboxed(rows))
-    return reboxed(rows, unboxed(frozen).astype(own.dtype).at[places].set(own))
+    return boxed_as(rows, unboxed(frozen).astype(own.dtype).at[places].set(own))

@@ -17,15 +17,9 @@ from flax_tied_lora._adapters.fingerprint import differences, fingerprint
 from flax_tied_lora._adapters.terms import shapes_of
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
-from flax_tied_lora._tree.boxes import unboxed
+from flax_tied_lora._tree.boxes import boxed_as, unboxed
 from flax_tied_lora._tree.paths import flatten, is_marker, is_tracer
 from flax_tied_lora._tree.quantized_array import array_of
-
-
-def reboxed(old: Any, array: Any) -> Any:
-    """Returns an array in the box of the factor that it comes in the place of."""
-    return old.replace_boxed(array) if hasattr(old, "replace_boxed") else array
-
 
 # Ranks
 
@@ -83,7 +77,7 @@ def filled(factor: Any, axis: int, size: int) -> Any:
     array = unboxed(factor)
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, size - array.shape[axis])
-    return reboxed(factor, jnp.pad(array, widths))
+    return boxed_as(factor, jnp.pad(array, widths))
 
 
 def with_patterns(

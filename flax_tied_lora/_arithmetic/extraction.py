@@ -20,7 +20,7 @@ from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._ties.find import Member
-from flax_tied_lora._tree.boxes import in_place
+from flax_tied_lora._tree.boxes import in_place, is_box
 from flax_tied_lora._tree.keys import key_number
 from flax_tied_lora._tree.paths import describe, flatten, is_marker, is_tracer
 from flax_tied_lora._tree.quantized_array import plain_array
@@ -104,7 +104,7 @@ def extract(
                 for adapter in own:
                     old = adapters[adapter.kind][adapter.key]
                     adapters[adapter.kind][adapter.key] = jax.tree.map(
-                        in_place, old, found[adapter.kind], is_leaf=_is_box
+                        in_place, old, found[adapter.kind], is_leaf=is_box
                     )
                     errors[adapter.key] = error
                 if rest is not None:
@@ -113,10 +113,6 @@ def extract(
     _warn_of(jax.device_get(left | changes))
     errors = {key: math.sqrt(x) for key, x in jax.device_get(errors).items()}
     return Extraction(dataclasses.replace(adapted, adapters=adapters), errors)
-
-
-def _is_box(node: Any) -> bool:
-    return hasattr(node, "replace_boxed")
 
 
 def _check_config(config: Any) -> None:

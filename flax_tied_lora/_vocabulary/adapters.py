@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._adapters.terms import shapes_of, weights_of
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan, Plan
-from flax_tied_lora._tree.boxes import in_place, unboxed
+from flax_tied_lora._tree.boxes import boxed_as, in_place, unboxed
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._vocabulary.leaves import WHAT
 from flax_tied_lora._vocabulary.rows import extended
@@ -85,7 +85,7 @@ def _longer(
     where = own.index(axis)
     array = unboxed(old)
     if isinstance(array, jax.ShapeDtypeStruct):
-        return _boxed(old, jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding))
+        return boxed_as(old, jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding))
     if adapter.kind == LORA:
         new = jnp.zeros([n - keep if i == where else n for i, n in enumerate(shape)], array.dtype)
     else:
@@ -123,7 +123,3 @@ def _scale(adapted: Adapted, key: str, axes: Any) -> jax.Array:
     scale = weights_of(alone, flatten(adapted.params)[0])[key].scale
     assert scale is not None
     return scale.ordered(axes).array
-
-
-def _boxed(old: Any, array: Any) -> Any:
-    return old.replace_boxed(array) if hasattr(old, "replace_boxed") else array
