@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
+from flax_tied_lora._adapters.spans import cut, pasted
 from flax_tied_lora._config.checks import PISSA_NITER, reads_weight
-from flax_tied_lora._planning.fused import cut, pasted
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
 from flax_tied_lora._tree.boxes import in_place, unboxed
 from flax_tied_lora._tree.keys import key_number

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.spans import block
 from flax_tied_lora._algebra.factor import RANK, Factor, accumulator, contract
 from flax_tied_lora._algebra.quantized import Quantized, frozen
 from flax_tied_lora._algebra.quantized_product import product, squares
 from flax_tied_lora._algebra.rows import Rows
 from flax_tied_lora._algebra.site_filter import SiteFilter
 from flax_tied_lora._algebra.weight import Dense, LowRank, Origin, Term, Weight
-from flax_tied_lora._planning.fused import block
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._ties.find import Member
 from flax_tied_lora._tree.boxes import is_box, unboxed

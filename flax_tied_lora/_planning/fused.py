@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import lax
-
-from flax_tied_lora._algebra.factor import RANK, Factor
 from flax_tied_lora._config.axes_and_parts import parts_of_leaf
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._planning.matches import excluded
+from flax_tied_lora._planning.plan import Span
 from flax_tied_lora._planning.tying import Part
 from flax_tied_lora._ties.sources import TieGroup
-from flax_tied_lora._tree.sharding import replicated
-
-Span = tuple[int, int, int]
 
 
 def fused_parts(group: TieGroup, leaf: Any, whole: Part, config: LoraConfig) -> tuple[Part, ...]:
@@ -67,45 +59,3 @@ def _spans(group: TieGroup, leaf: Any, config: LoraConfig) -> dict[str, Span]:
                 f"{found[other]}, in the layout of {group.key!r}, which both are; say one thing"
             )
     return found.get(first, {})
-
-
-def cut(array: jax.Array, span: Span | None) -> jax.Array:
-    """Returns the part of an array of a leaf's shape that a span is."""
-    if span is None:
-        return array
-    axis, start, stop = span
-    return lax.slice_in_dim(array, start, stop, axis=axis)
-
-
-def pasted(array: jax.Array, part: jax.Array, span: Span | None) -> jax.Array:
-    """Returns an array with the part that a span is replaced."""
-    if span is None:
-        return part
-    axis, start, stop = span
-    return array.at[(*[slice(None)] * axis, slice(start, stop))].set(part)
-
-
-def block(
-    pairs: Sequence[tuple[Factor, Factor]], spans: Sequence[Span], shape: Sequence[int]
-) -> tuple[Factor, Factor]:
-    """Returns one pair of factors for several parts of a leaf: side by side along the rank.
-
-    What a pair has along the axis that its part is cut from is padded with zeros, so that the
-    product is each part's own delta in its place.
-    """
-    sides = []
-    for side in zip(*pairs, strict=True):
-        whole = [Factor(replicated(f.array), f.axes) for f in side]
-        padded = [_padded(f, s, shape) for f, s in zip(whole, spans, strict=True)]
-        axes = padded[0].axes
-        sides.append(Factor(lax.concatenate([f.array for f in padded], axes.index(RANK)), axes))
-    return sides[0], sides[1]
-
-
-def _padded(factor: Factor, span: Span, shape: Sequence[int]) -> Factor:
-    axis, start, stop = span
-    if axis not in factor.axes:
-        return factor
-    widths = [(start, shape[axis] - stop, 0) if a == axis else (0, 0, 0) for a in factor.axes]
-    zero = jnp.zeros((), factor.array.dtype)
-    return Factor(lax.pad(factor.array, zero, widths), factor.axes)

@@ -25,6 +25,9 @@ TRAINABLE_TOKENS = "trainable_tokens"
 BIAS = "bias"
 COLLECTIONS = (LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS, BIAS)
 
+# A part of a fused leaf: the axis that it is cut along, its start and its stop.
+Span = tuple[int, int, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterPlan:
@@ -58,7 +61,7 @@ class AdapterPlan:
     tokens: tuple[int, ...] = ()
     module: str = ""
     targets: tuple[str, ...] = ()
-    span: tuple[int, int, int] | None = None
+    span: Span | None = None
 
     @property
     def separate(self) -> bool:

@@ -16,6 +16,7 @@ from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSite, CallSites
 from flax_tied_lora._planning.axes import SITES_LINE
 from flax_tied_lora._planning.matches import Hit
+from flax_tied_lora._planning.plan import Span
 from flax_tied_lora._ties.sources import TieGroup, is_table
 from flax_tied_lora._tree.paths import leaf_name
 
@@ -44,7 +45,7 @@ class Part:
     name: str = ""
     members: tuple[str, ...] = ()
     sites: SiteFilter | None = None
-    span: tuple[int, int, int] | None = None
+    span: Span | None = None
 
     def key(self, group: TieGroup) -> str:
         """Key of the part's adapter."""
