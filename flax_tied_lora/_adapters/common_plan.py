@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.compatible import layout_of
 from flax_tied_lora._adapters.make import DTYPE, make_adapters
-from flax_tied_lora._adapters.ranks import filled, layout_of
+from flax_tied_lora._adapters.ranks import filled
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
 from flax_tied_lora._tree.boxes import boxed_as, boxes_of, unboxed
 from flax_tied_lora._tree.paths import flatten
@@ -117,9 +118,7 @@ def fitted(what: str, adapted: Adapted | None, plan: Plan, params: Any = None) -
         mine = found.get((kind, key))
         value = start[kind][key] if mine is None else own[kind][key]
         if mine is not None and kind == LORA:
-            value = dict(value)
-            value["lora_a"] = filled(value["lora_a"], -1, adapter.rank)
-            value["lora_b"] = filled(value["lora_b"], -1 - len(group.cols), adapter.rank)
+            value = filled(value, len(group.cols), adapter.rank)
         if mine is not None and mine.tokens != adapter.tokens:
             value = _rows_among(mine.tokens, value, adapter.tokens, start[kind][key])
         adapters.setdefault(kind, {})[key] = value

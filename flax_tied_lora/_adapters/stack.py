@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, check_adapted, check_slots, shapes_of
 from flax_tied_lora._adapters.common_plan import common_plan, fitted
-from flax_tied_lora._adapters.merge import check_adapted
-from flax_tied_lora._adapters.ranks import check_single, refuse_residual, same_base
-from flax_tied_lora._adapters.terms import shapes_of
+from flax_tied_lora._adapters.compatible import check_same_base, check_single, refuse_residual
 from flax_tied_lora._tree.boxes import is_box, with_slots
 from flax_tied_lora._tree.paths import describe, is_tracer
 
@@ -70,7 +68,7 @@ def stack(
         check_adapted("stack", each)
         check_single("stack", each)
     for other in adapteds[1:]:
-        same_base("stack", adapteds[0], other)
+        check_same_base("stack", adapteds[0], other)
     slots = len(adapteds) if capacity is None else _count("stack: capacity", capacity)
     if slots < len(adapteds):
         raise ValueError(f"stack: {len(adapteds)} adapters do not fit in capacity={slots}")
@@ -115,7 +113,7 @@ def put(stacked: Adapted, slot: Any, adapted: Adapted | None) -> Adapted:
     else:
         check_adapted("put", adapted)
         check_single("put", adapted)
-        same_base("put", stacked, adapted)
+        check_same_base("put", stacked, adapted)
     new = fitted("put", adapted, stacked.plan, stacked.params)
     new, old = jax.tree.map(with_slots, new, is_leaf=is_box), (stacked.adapters, stacked.scaling)
     # Each for itself: in one program with arrays of a mesh of several processes, scalings would be
@@ -152,16 +150,8 @@ def slots_of(what: str, stacked: Adapted) -> int:
     Raises:
       ValueError: they are not stacked.
     """
-    count = None
-    for key, name, found, expected in shapes_of(stacked):
-        if len(found) != len(expected) + 1:
-            raise ValueError(
-                f"{what}: {name} of {key!r} is {list(found)}, expected {['slots', *expected]}; "
-                "stack the adapters first: tied_lora.stack([...])"
-            )
-        count = found[0]
-    assert count is not None
-    return count
+    check_slots(what, stacked, "stack the adapters first: tied_lora.stack([...])", stacked=True)
+    return next(shape[0] for _, _, shape, _ in shapes_of(stacked))
 
 
 def _count(what: str, value: Any) -> int:

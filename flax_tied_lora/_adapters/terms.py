@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, check_slots
 from flax_tied_lora._adapters.spans import block
 from flax_tied_lora._algebra.factor import RANK, Factor, accumulator, contract
 from flax_tied_lora._algebra.quantized import Quantized, frozen
@@ -83,14 +83,13 @@ def _selected(adapted: Adapted) -> tuple[Adapted, jax.Array | None]:
     Under `jax.vmap` over slots nothing is stacked again: each array is gathered where it is used.
     """
     slot = adapted.slot
-    for key, name, found, expected in shapes_of(adapted):
-        if len(found) != len(expected) + (slot is not None):
-            slots = [] if slot is None else ["slots"]
-            raise ValueError(
-                f"adapt: {name} of {key!r} is {list(found)}, expected {[*slots, *expected]}: of "
-                "stacked adapters one serves a call, tied_lora.select(stacked, 0); or one each "
-                "example, by tied_lora.per_example, or jax.vmap with tied_lora.adapter_axes"
-            )
+    check_slots(
+        "adapt",
+        adapted,
+        "of stacked adapters one serves a call, tied_lora.select(stacked, 0); or one each example, "
+        "by tied_lora.per_example, or jax.vmap with tied_lora.adapter_axes",
+        stacked=slot is not None,
+    )
     if slot is None:
         return adapted, None
     if jnp.ndim(slot) != 0:
@@ -256,14 +255,3 @@ def _norms_and_product(
     rows = [i for i in w.axes if i not in keep]
     summed = Factor(jnp.sum(jnp.square(w.array), axis=rows), left).ordered(keep).array
     return summed, contract(w, a, order, accumulate=accumulate)
-
-
-def shapes_of(adapted: Adapted) -> Sequence[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
-    """Returns for every array of every adapter its key, its name, its shape and the plan's."""
-    found = []
-    for group, adapter in adapted.plan.adapters():
-        own = adapted.adapters[adapter.kind][adapter.key]
-        for name, shape in group.shapes(adapter).items():
-            array = unboxed(own[name] if name else own)
-            found.append((adapter.key, name or adapter.kind, tuple(array.shape), shape))
-    return found

@@ -11,22 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.make import DTYPE
-from flax_tied_lora._adapters.merge import check_adapted
-from flax_tied_lora._adapters.ranks import (
+from flax_tied_lora._adapters.adapted import Adapted, check_adapted
+from flax_tied_lora._adapters.compatible import (
+    check_same_base,
     check_single,
     layout_of,
     refuse_residual,
-    same_base,
-    with_patterns,
 )
+from flax_tied_lora._adapters.make import DTYPE
+from flax_tied_lora._adapters.ranks import with_patterns
 from flax_tied_lora._arithmetic.lowrank import compressed, whole
 from flax_tied_lora._config.axes_and_parts import OWN_FIELDS
 from flax_tied_lora._config.checks import as_tuple
 from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._planning.all_linear import ALL_LINEAR
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
-from flax_tied_lora._planning.targets import ALL_LINEAR
 from flax_tied_lora._tree.boxes import in_place, unboxed
 from flax_tied_lora._tree.paths import flatten, is_tracer
 
@@ -130,7 +129,7 @@ def _check(adapteds: Any, weights: Any, how: Any, rank: Any) -> None:
         check_single("combine", adapted)
         _refuse_no_delta(adapted)
     for other in adapteds[1:]:
-        same_base("combine", adapteds[0], other)
+        check_same_base("combine", adapteds[0], other)
 
 
 def check_number(what: str, value: Any) -> None:

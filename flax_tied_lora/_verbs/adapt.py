@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from flax_tied_lora._adapters.adapted import Adapted, is_adapted
-from flax_tied_lora._adapters.merge import plain
+from flax_tied_lora._adapters.plain import plain
 from flax_tied_lora._adapters.terms import quantized_weights, weights_of
 from flax_tied_lora._algebra.quantized import Quantized
 from flax_tied_lora._algebra.weight import Dense, Weight

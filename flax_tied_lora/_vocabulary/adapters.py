@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.terms import shapes_of, weights_of
+from flax_tied_lora._adapters.adapted import Adapted, check_slots
+from flax_tied_lora._adapters.terms import weights_of
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan, Plan
 from flax_tied_lora._tree.boxes import boxed_as, in_place, unboxed
 from flax_tied_lora._tree.paths import flatten
@@ -33,12 +33,7 @@ def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, 
       ValueError: the adapters are stacked; a leaf's vocabulary is neither its rows nor its columns,
         or cut into parts.
     """
-    for key, name, found, expected in shapes_of(adapted):
-        if len(found) != len(expected):
-            raise ValueError(
-                f"{WHAT}: {name} of {key!r} is {list(found)}, expected {list(expected)}: stacked "
-                "adapters are grown one by one"
-            )
+    check_slots(WHAT, adapted, "stacked adapters are grown one by one")
     leaves, _ = flatten(params)
     groups = tuple(
         dataclasses.replace(g, shape=tuple(leaves[g.key].shape)) for g in adapted.plan.groups

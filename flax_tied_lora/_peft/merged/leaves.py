@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 
 from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.merge import untied_leaves
 from flax_tied_lora._adapters.terms import weights_of
+from flax_tied_lora._adapters.untie import untied_leaves
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._names.layout import TorchWeight, to_torch_array
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, GroupPlan, Plan
@@ -164,9 +164,7 @@ class _Merged:
 
     def _parts(self, group: GroupPlan) -> dict[str, Any]:
         weights = self._weights(group, False)
-        return untied_leaves(
-            group, weights, dict(self.untie), self.dtype or weights[group.key].dtype
-        )
+        return untied_leaves(group, weights, self.untie, self.dtype or weights[group.key].dtype)
 
 
 def _plain(leaf: Any, dtype: np.dtype | None, one: Any, transposed: bool = False) -> Leaf:
