@@ -24,8 +24,8 @@ from flax_tied_lora._planning.plan import Plan as Plan
 from flax_tied_lora._planning.targets import UnmatchedTargetWarning as UnmatchedTargetWarning
 from flax_tied_lora._planning.tying import WeightTyingWarning as WeightTyingWarning
 from flax_tied_lora._ties.find import find_ties as find_ties
-from flax_tied_lora._ties.sources import Member as Member
-from flax_tied_lora._ties.sources import TieGroup as TieGroup
+from flax_tied_lora._ties.groups import Member as Member
+from flax_tied_lora._ties.groups import TieGroup as TieGroup
 from flax_tied_lora._tree.paths import TiedLeaf as TiedLeaf
 from flax_tied_lora._tree.quantized_array import QuantizedArray as QuantizedArray
 from flax_tied_lora._verbs.adapt import UnreadTargetWarning as UnreadTargetWarning

@@ -9,11 +9,11 @@ from flax_tied_lora._config.axes_and_parts import parts_of_leaf
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._planning.matches import excluded
 from flax_tied_lora._planning.plan import Span
-from flax_tied_lora._planning.tying import Part
-from flax_tied_lora._ties.sources import TieGroup
+from flax_tied_lora._planning.tying import Share
+from flax_tied_lora._ties.groups import TieGroup
 
 
-def fused_parts(group: TieGroup, leaf: Any, whole: Part, config: LoraConfig) -> tuple[Part, ...]:
+def fused_parts(group: TieGroup, leaf: Any, whole: Share, config: LoraConfig) -> tuple[Share, ...]:
     """Returns the parts of a fused leaf that are targeted, or the leaf as it is if it has none.
 
     Raises:
@@ -29,7 +29,7 @@ def fused_parts(group: TieGroup, leaf: Any, whole: Part, config: LoraConfig) -> 
             f"ensure_weight_tying=False wants an adapter for {whole.name!r} only; leave one of the "
             "two out"
         )
-    found = []
+    shares = []
     for name, span in spans.items():
         hits = tuple(
             h for h in whole.hits
@@ -37,25 +37,25 @@ def fused_parts(group: TieGroup, leaf: Any, whole: Part, config: LoraConfig) -> 
             or (not h.part and not excluded(config, f"{h.leaf}:{name}", f"{h.module}:{name}"))
         )  # fmt: skip
         if hits:
-            found.append(dataclasses.replace(whole, hits=hits, name=name, span=span))
-    return tuple(found)
+            shares.append(dataclasses.replace(whole, hits=hits, name=name, span=span))
+    return tuple(shares)
 
 
 def _spans(group: TieGroup, leaf: Any, config: LoraConfig) -> dict[str, Span]:
     """Returns the parts of a group's canonical leaf, by name."""
-    found: dict[str, dict[str, Span]] = {}
+    by_member: dict[str, dict[str, Span]] = {}
     for member in group.members:
         shape = tuple(leaf.shape)[::-1] if member.transposed else tuple(leaf.shape)
-        own = parts_of_leaf(config.parts, member.path, shape)
-        if own and member.transposed:
-            own = {name: (1 - axis, *cut) for name, (axis, *cut) in own.items()}
-        if own:
-            found[member.path] = own  # type: ignore[assignment]
-    first, *others = found or [""]
+        spans = parts_of_leaf(config.parts, member.path, shape)
+        if spans and member.transposed:
+            spans = {name: (1 - axis, *cut) for name, (axis, *cut) in spans.items()}
+        if spans:
+            by_member[member.path] = spans  # type: ignore[assignment]
+    first, *others = by_member or [""]
     for other in others:
-        if found[other] != found[first]:
+        if by_member[other] != by_member[first]:
             raise ValueError(
-                f"wrap: parts cuts {first!r} into {found[first]} and {other!r} into "
-                f"{found[other]}, in the layout of {group.key!r}, which both are; say one thing"
+                f"wrap: parts cuts {first!r} into {by_member[first]} and {other!r} into "
+                f"{by_member[other]}, in the layout of {group.key!r}, which both are; say one thing"
             )
-    return found.get(first, {})
+    return by_member.get(first, {})

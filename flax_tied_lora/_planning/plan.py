@@ -13,7 +13,7 @@ from flax_tied_lora._algebra.factor import RANK
 from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION, SiteFilter
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import LeafInfo
-from flax_tied_lora._ties.find import Member, TieGroup
+from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._ties.sources import is_table
 
 FORMAT = 1
@@ -132,8 +132,8 @@ class GroupPlan:
             others = adapter.sites.others
             left = bool(others) and all(other.role == LOOKUP for other in others)
             return left or adapter.sites.role == PROJECTION
-        own = [m for m in self.members if m.path in adapter.members]
-        return bool(own) and all(m.transposed or not is_table(m.path) for m in own)
+        members = [m for m in self.members if m.path in adapter.members]
+        return bool(members) and all(m.transposed or not is_table(m.path) for m in members)
 
     def axes(self, adapter: AdapterPlan) -> dict[str, tuple[Any, ...]]:
         """For each array of an adapter, the leaf axis that each of its axes is, or `RANK`.
@@ -180,10 +180,11 @@ class GroupPlan:
     def info(self, member: Member) -> LeafInfo:
         """What the evaluator has to know of a member, in the member's own layout."""
 
-        def own(axes: tuple[int, ...]) -> tuple[int, ...]:
+        def of_member(axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(sorted(1 - a for a in axes)) if member.transposed else axes
 
-        return LeafInfo(own(self.rows), own(self.cols), own(self.batch), self.is_table)
+        rows, cols, batch = map(of_member, (self.rows, self.cols, self.batch))
+        return LeafInfo(rows, cols, batch, self.is_table)
 
     def tie(self) -> TieGroup:
         """The group without its adapters."""

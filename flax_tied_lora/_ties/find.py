@@ -9,14 +9,11 @@ import jax
 
 from flax_tied_lora._algebra.site_filter import LOOKUP
 from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._ties.sources import (
-    CONFIG,
     DATA_FLOW,
-    DECLARED,
-    EQUAL_VALUES,
     SAME_ARRAY,
-    Member,
-    TieGroup,
+    SOURCES,
     by_value,
     declare,
     from_config,
@@ -116,28 +113,30 @@ class _Links:
         for path in self.leaves:
             if path in seen:
                 continue
-            flips, found, queue = {path: False}, set(), [path]
+            flips, sources, queue = {path: False}, set(), [path]
             while queue:
-                here = queue.pop()
-                for there, transposed, source in neighbours.get(here, ()):
-                    found.add(source)
-                    flip = flips[here] ^ transposed
-                    if flips.setdefault(there, flip) != flip:
+                member = queue.pop()
+                for neighbour, transposed, source in neighbours.get(member, ()):
+                    sources.add(source)
+                    flip = flips[member] ^ transposed
+                    if flips.setdefault(neighbour, flip) != flip:
                         raise ValueError(
-                            f"find_ties: {there!r} is tied to {path!r} both as it is and "
+                            f"find_ties: {neighbour!r} is tied to {path!r} both as it is and "
                             "transposed; check ties=..., or leave one of them out"
                         )
-                    if there not in seen:
-                        seen.add(there)
-                        queue.append(there)
+                    if neighbour not in seen:
+                        seen.add(neighbour)
+                        queue.append(neighbour)
             seen.add(path)
             if sum(len(reads.get(p, ())) for p in flips) > 1:
-                found.add(DATA_FLOW)
-            if found:
-                result.append(self._group(flips, found, reads))
+                sources.add(DATA_FLOW)
+            if sources:
+                result.append(self._group(flips, sources, reads))
         return result
 
-    def _group(self, flips: dict[str, bool], found: set[str], reads: Mapping[str, Any]) -> TieGroup:
+    def _group(
+        self, flips: dict[str, bool], sources: set[str], reads: Mapping[str, Any]
+    ) -> TieGroup:
         def rank(path: str) -> tuple[bool, bool, bool]:
             looked_up = any(s.role == LOOKUP for s in reads.get(path, ()))
             return (
@@ -148,8 +147,7 @@ class _Links:
 
         order = sorted(flips, key=rank)
         base = flips[order[0]]
-        order_found = (SAME_ARRAY, DECLARED, CONFIG, EQUAL_VALUES, DATA_FLOW)
         return TieGroup(
             tuple(Member(p, flips[p] != base) for p in order),
-            tuple(source for source in order_found if source in found),
+            tuple(source for source in SOURCES if source in sources),
         )

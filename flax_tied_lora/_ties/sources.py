@@ -1,8 +1,7 @@
-"""Tie groups, and where ties are known from: identity, declaration, model config, equal values."""
+"""Where ties are known from: identity, declaration, model config, equal values."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._tree.paths import (
     describe,
     is_marker,
@@ -27,52 +27,12 @@ DECLARED = "declared"
 CONFIG = "model config"
 EQUAL_VALUES = "equal values"
 DATA_FLOW = "data flow"
+SOURCES = (SAME_ARRAY, DECLARED, CONFIG, EQUAL_VALUES, DATA_FLOW)
 
 # Modules that model families call their input embedding and their output projection by.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed")
 HEADS = ("lm_head", "output", "embed_out")
 _SAMPLE = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """A leaf of a tie group.
-
-    Attributes:
-      path: of the leaf.
-      transposed: whether the leaf is the transpose of the group's canonical leaf.
-    """
-
-    path: str
-    transposed: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class TieGroup:
-    """One stored array, and every leaf that is that array.
-
-    Attributes:
-      members: the leaves; the first one is canonical, and is stored.
-      found: how the tie is known: "same array", "declared", "model config", "equal values",
-        "data flow" (one leaf, read at several call sites).
-    """
-
-    members: tuple[Member, ...]
-    found: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Path of the canonical leaf."""
-        return self.members[0].path
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Paths of all members."""
-        return tuple(m.path for m in self.members)
-
-    def __str__(self) -> str:
-        names = [m.path + (" (transposed)" if m.transposed else "") for m in self.members]
-        return f"{' = '.join(names)} [{', '.join(self.found)}]"
 
 
 def is_table(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Where arrays are: shardings that are part of a type, manual mesh axes, and parts of an axis."""
+"""Where arrays are: shardings that are part of a type, manual mesh axes, and shards of an axis."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def split(array: Any) -> jax.NamedSharding | None:
 
 
 def single(array: Any) -> bool:
-    """Returns whether an array is in one part, as far as its type says.
+    """Returns whether an array is one shard, as far as its type says.
 
     On Auto axes a type says the mesh, and not what is split.
     """
-    return automatic_parts(array) == 1 and split(array) is None
+    return automatic_shard_count(array) == 1 and split(array) is None
 
 
 def share_names(*arrays: Any) -> bool:
@@ -63,14 +63,14 @@ def automatic(function: Any, out_sharding: Any) -> Any:
     return jax.sharding.auto_axes(function, out_sharding=out_sharding)
 
 
-def parts(mesh: Any, names: Any) -> int:
-    """Returns in how many parts an axis is split: what a spec names for it is a name or several."""
+def shard_count(mesh: Any, names: Any) -> int:
+    """Returns how many shards an axis has, whose entry in a spec is a name, several or None."""
     names = names if isinstance(names, tuple) else (names,)
     return math.prod(mesh.shape[n] for n in names if isinstance(n, str))
 
 
-def automatic_parts(array: Any) -> int:
-    """Returns in how many parts the compiler may have an array: of its type, Auto axes' devices."""
+def automatic_shard_count(array: Any) -> int:
+    """Returns into how many shards the compiler may split an array: the devices of Auto axes."""
     sharding = getattr(jax.typeof(array), "sharding", None)
     if sharding is None:
         return 1

@@ -280,11 +280,11 @@ def _without_params(model: Any) -> Any:
     """Returns a shallow copy of a model, with shapes in the place of its own params."""
     bare = copy.copy(model)
     try:
-        own = model.params
+        params = model.params
     except (AttributeError, ValueError):  # It has none, or says that it has none.
         return bare
     try:
-        bare.params = jax.eval_shape(lambda: own)
+        bare.params = jax.eval_shape(lambda: params)
     except AttributeError as error:
         raise TypeError(
             f"AdaptedModel: {type(model).__name__}.params cannot be set, so its own params could "

@@ -39,7 +39,7 @@ def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, 
         dataclasses.replace(g, shape=tuple(leaves[g.key].shape)) for g in adapted.plan.groups
     )
     plan = Plan.of(groups, adapted.plan.config)
-    adapters = {kind: dict(own) for kind, own in adapted.adapters.items()}
+    adapters = {kind: dict(by_key) for kind, by_key in adapted.adapters.items()}
     for group, adapter in plan.adapters():
         if group.key not in axes or adapter.kind == TRAINABLE_TOKENS:
             continue
@@ -74,18 +74,20 @@ def _longer(
     old: Any, name: str, group: GroupPlan, adapter: AdapterPlan, axis: int, keep: int, leaf: Any
 ) -> Any:
     """Returns an array of an adapter: zeros for what is new of a factor, a copy for a copy."""
-    own, shape = group.axes(adapter)[name], group.shapes(adapter)[name]
-    if axis not in own:
+    leaf_axes, shape = group.axes(adapter)[name], group.shapes(adapter)[name]
+    if axis not in leaf_axes:
         return old
-    where = own.index(axis)
+    position = leaf_axes.index(axis)
     array = unboxed(old)
     if isinstance(array, jax.ShapeDtypeStruct):
         return boxed_as(old, jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding))
     if adapter.kind == LORA:
-        new = jnp.zeros([n - keep if i == where else n for i, n in enumerate(shape)], array.dtype)
+        new = jnp.zeros(
+            [n - keep if i == position else n for i, n in enumerate(shape)], array.dtype
+        )
     else:
         new = jax.lax.slice_in_dim(jnp.asarray(leaf), keep, leaf.shape[axis], axis=axis)
-    return in_place(old, extended(array, where, keep, new, path=adapter.key))
+    return in_place(old, extended(array, position, keep, new, path=adapter.key))
 
 
 def _magnitude(
@@ -98,16 +100,16 @@ def _magnitude(
     old = before.adapters[LORA][adapter.key][_MAGNITUDE]
     if isinstance(unboxed(old), jax.ShapeDtypeStruct):
         return after.adapters[LORA][adapter.key][_MAGNITUDE]
-    own = group.axes(adapter)[_MAGNITUDE]
-    scale = _scale(before, group.key, own)
-    if axis in own:
-        where = own.index(axis)
+    leaf_axes = group.axes(adapter)[_MAGNITUDE]
+    scale = _scale(before, group.key, leaf_axes)
+    if axis in leaf_axes:
+        position = leaf_axes.index(axis)
         shape = group.shapes(adapter)[_MAGNITUDE]
-        new = jnp.ones([n - keep if i == where else n for i, n in enumerate(shape)], scale.dtype)
-        scale = extended(scale, where, keep, new, path=adapter.key)
+        new = jnp.ones([n - keep if i == position else n for i, n in enumerate(shape)], scale.dtype)
+        scale = extended(scale, position, keep, new, path=adapter.key)
     ones = {**after.adapters[LORA][adapter.key], _MAGNITUDE: jnp.ones(scale.shape, scale.dtype)}
     adapters = {**after.adapters, LORA: {**after.adapters[LORA], adapter.key: ones}}
-    inverse = _scale(dataclasses.replace(after, adapters=adapters), group.key, own)
+    inverse = _scale(dataclasses.replace(after, adapters=adapters), group.key, leaf_axes)
     grown = after.adapters[LORA][adapter.key][_MAGNITUDE]
     return in_place(grown, (scale / inverse).astype(unboxed(old).dtype))
 
