@@ -116,8 +116,8 @@ def put(stacked: Adapted, slot: Any, adapted: Adapted | None) -> Adapted:
         check_same_base("put", stacked, adapted)
     new = fitted("put", adapted, stacked.plan, stacked.params)
     new, old = jax.tree.map(with_slots, new, is_leaf=is_box), (stacked.adapters, stacked.scaling)
-    # Each for itself: in one program with arrays of a mesh of several processes, scalings would be
-    # spread over it, and those are every process's own.
+    # In two programs: in one with arrays of a mesh of several processes scalings would be spread
+    # over it, and each process keeps its own.
     adapters, scaling = (_placed(_written(o, n, slot), o) for o, n in zip(old, new, strict=True))
     return dataclasses.replace(stacked, adapters=adapters, scaling=scaling)
 
@@ -185,7 +185,7 @@ def _written(old: Any, new: Any, slot: jax.Array) -> Any:
 
 
 def _placed(new: Any, old: Any) -> Any:
-    """Returns arrays where others are: what is placed otherwise would compile anew."""
+    """Returns arrays placed as others are, so that nothing is compiled again for them."""
 
     def place(array: Any, like: Any) -> Any:
         if is_tracer(array) or is_tracer(like) or array.sharding == like.sharding:

@@ -90,7 +90,7 @@ def _alone(sites: SiteFilter, untied: Collection[SiteFilter | None]) -> bool:
 
 
 def _as_read(weight: Weight, sites: SiteFilter | None, dtype: Any) -> Any:
-    """Returns a weight as it is read by the call sites of a part, or by those of none."""
+    """Returns a weight as some call sites read it; None: as those without a separate adapter."""
     terms = [
         t for t in weight.terms
         if t.sites is None or t.sites == sites or (t.sites.others and sites not in t.sites.others)

@@ -210,8 +210,8 @@ def _fit(
 ) -> tuple[dict[str, Any], Any, Any]:  # fmt: skip
     """Returns the arrays of the adapters of one weight, by kind, and two squared relative norms.
 
-    Those are: of the change what is left out; and of the rows, where some are trained and nothing
-    else, what the others changed by.
+    The first is that of the change that is left out, relative to the change. The second, where only
+    some rows are trained, is that of the other rows' change, relative to the weight.
     """
     before, after = whole(before), whole(after, like=before).astype(DTYPE)
     kinds = {a.kind: a for a in adapters}
@@ -240,7 +240,7 @@ def _ratio(part: jax.Array, total: jax.Array) -> jax.Array:
 def _pair(
     group: GroupPlan, adapter: AdapterPlan, change: jax.Array, adapted: Adapted
 ) -> tuple[dict[str, Any], jax.Array, jax.Array]:
-    """Returns the factors closest to a change, and the squared norms of what is left and of it."""
+    """Returns the factors closest to a change; squared norms of what they leave out, and of it."""
     sides = (group.batch, group.rows, group.cols)
     order = [i for axes in sides for i in axes]
     sizes = [math.prod(group.shape[i] for i in axes) for axes in sides]

@@ -20,7 +20,7 @@ _MORE, _PASSES = 16, 8
 
 
 def whole(array: jax.Array, like: Any = None) -> jax.Array:
-    """Returns an array unsharded, which decompositions want: all of it on each of its devices.
+    """Returns an array replicated on its devices, as decompositions want it.
 
     Args:
       like: an array on whose devices it shall be; default itself.

@@ -34,8 +34,8 @@ def axes_of(
 ) -> Axes:
     """Returns the axes of a group: as the config has them, or by its call sites; two need neither.
 
-    An axis that is walked at one site (an index, a scan), and is one of rows or of columns at
-    another, is what it is there.
+    An axis that one site indexes or scans over, and that is a row or column axis at another, counts
+    as the latter.
 
     Args:
       said: `LoraConfig.axes`.

@@ -35,7 +35,7 @@ from flax_tied_lora._tree.paths import describe, is_marker, leaf_name, module_of
 
 @dataclasses.dataclass
 class Named:
-    """What is adapted how, by leaf path, where it is known: from an adapter's file.
+    """What an adapter's file adapts, by leaf path, in place of what a config's names mean.
 
     Attributes:
       lora, saved, tokens: leaves with factors, full copies and replaced rows, and what names them.
@@ -91,7 +91,7 @@ def make_plan(
 
 
 def by_group(hits: Mapping[str, Sequence[Hit]], groups: Sequence[TieGroup]) -> Hits:
-    """Returns hits of leaves by the key of the leaf's group."""
+    """Returns the hits of each group, by its key, from those of its leaves."""
     by_leaf = {path: group.key for group in groups for path in group.paths}
     by_key: Hits = {}
     for path, hits_of_leaf in hits.items():
@@ -155,7 +155,7 @@ def _group_plan(
 def _axes(
     group: TieGroup, leaf: Any, sites: CallSites | None, config: LoraConfig, needed: bool
 ) -> Axes:
-    """Returns a group's axes: none, where none are needed (for a full copy) and none known."""
+    """Returns a group's axes; none where they are not known, and not needed, as for a full copy."""
     try:
         if needed or adaptable(leaf):
             return axes_of(group, leaf, sites, config.axes)
@@ -197,11 +197,16 @@ def _factors(
             f"wrap: use_dora scales all of {group.key!r}, and ensure_weight_tying=False wants an "
             f"adapter for {share.name!r} only. Tie them (None or True), or leave use_dora out"
         )
-    return AdapterPlan(
-        LORA, share.key(group), share.name, share.members, share.sites, rank, config.use_dora,
-        reads_weight(config.init_lora_weights) and not axes.is_table, (), module,
-        tuple(dict.fromkeys(h.target for h in hits)), share.span,
-    )  # fmt: skip
+    return _adapter(
+        LORA,
+        group,
+        share,
+        rank=rank,
+        dora=config.use_dora,
+        residual=reads_weight(config.init_lora_weights) and not axes.is_table,
+        module=module,
+        span=share.span,
+    )
 
 
 def _copy(group: TieGroup, leaf: Any, share: Share) -> AdapterPlan:
@@ -210,10 +215,7 @@ def _copy(group: TieGroup, leaf: Any, share: Share) -> AdapterPlan:
             f"wrap: {share.hits[0].target!r} in modules_to_save means {group.key!r} "
             f"{describe(leaf)}; expected floating point. Take it out of modules_to_save"
         )
-    targets = tuple(dict.fromkeys(h.target for h in share.hits))
-    return AdapterPlan(
-        MODULES_TO_SAVE, share.key(group), share.name, share.members, share.sites, targets=targets
-    )
+    return _adapter(MODULES_TO_SAVE, group, share)
 
 
 def _tokens(
@@ -233,11 +235,13 @@ def _tokens(
             f"wrap: {outside} in trainable_token_indices; {group.key!r} {describe(leaf)} has the "
             f"tokens 0 to {count - 1}. grow_vocabulary(params, {max(outside) + 1}) adds tokens"
         )
-    targets = tuple(dict.fromkeys(h.target for h in share.hits))
-    return AdapterPlan(
-        TRAINABLE_TOKENS, share.key(group), share.name, share.members, share.sites, tokens=tokens,
-        targets=targets,
-    )  # fmt: skip
+    return _adapter(TRAINABLE_TOKENS, group, share, tokens=tokens)
+
+
+def _adapter(kind: str, group: TieGroup, share: Share, **fields: Any) -> AdapterPlan:
+    targets = tuple(dict.fromkeys(hit.target for hit in share.hits))
+    key = share.key(group)
+    return AdapterPlan(kind, key, share.name, share.members, share.sites, targets=targets, **fields)
 
 
 def _check_kinds(group: TieGroup, adapters: Sequence[AdapterPlan]) -> None:

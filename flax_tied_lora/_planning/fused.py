@@ -14,7 +14,7 @@ from flax_tied_lora._ties.groups import TieGroup
 
 
 def fused_parts(group: TieGroup, leaf: Any, whole: Share, config: LoraConfig) -> tuple[Share, ...]:
-    """Returns the parts of a fused leaf that are targeted, or the leaf as it is if it has none.
+    """Returns the parts of a fused leaf that are targeted; all of a leaf that is not fused.
 
     Raises:
       ValueError: the config cuts members of the group differently; the leaf is cut by call sites,

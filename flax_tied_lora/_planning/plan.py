@@ -178,7 +178,7 @@ class GroupPlan:
         return sum(math.prod(shape) for shape in self.shapes(adapter).values())
 
     def info(self, member: Member) -> LeafInfo:
-        """What the evaluator has to know of a member, in the member's own layout."""
+        """Returns what the evaluator has to know of a member, in the member's own layout."""
 
         def of_member(axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(sorted(1 - a for a in axes)) if member.transposed else axes

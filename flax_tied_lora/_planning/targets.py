@@ -106,7 +106,7 @@ def named_groups(
     field: str, name: str, leaves: Mapping[str, Any], groups: Sequence[TieGroup],
     sites: CallSites | None,
 ) -> Hits:  # fmt: skip
-    """Returns the groups of which a module's name means a part, by leaf, scope or role.
+    """Returns the groups that a module's name means, or means a share of: by leaf, scope or role.
 
     All leaves of the module and of those inside it, and what is read in its scope though its leaf
     is elsewhere: the kernel of a tied head.
@@ -204,7 +204,7 @@ def _by_path(
     target: str, pattern: Any, config: LoraConfig, leaves: Mapping[str, Any],
     by_leaf: Mapping[str, TieGroup], sites: CallSites | None,
 ) -> tuple[list[tuple[str, Hit]], list[str]]:  # fmt: skip
-    """Returns the groups that are named, and what is named in their place but is no matrix."""
+    """Returns the groups that are named; without any, the leaves named that are no matrix."""
     named, refused, left_out = [], [], False
     for path, leaf in leaves.items():
         module = module_of(path)

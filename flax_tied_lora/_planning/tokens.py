@@ -102,7 +102,7 @@ def _is_lookup(hit: Hit, group: TieGroup, sites: CallSites | None) -> bool:
 def tokens_of(
     config: LoraConfig, hits: Hits, groups: Sequence[TieGroup], sites: CallSites | None
 ) -> TokenShares:
-    """Returns which rows are replaced where it is known which modules have any."""
+    """Returns which rows are replaced, where a file says which leaves have such rows."""
     wanted: Any = config.trainable_token_indices
     if not isinstance(wanted, Mapping):
         return {

@@ -93,9 +93,9 @@ def shares_of(
 def _meaning(
     group: TieGroup, hit: Hit, sites: CallSites | None
 ) -> tuple[tuple[str, ...], SiteFilter | None]:
-    """Returns the members and the call sites that a target means, for PEFT's modules' sake.
+    """Returns the members and the call sites that a target means.
 
-    A table's module is its lookups: what else reads the table is another module in PyTorch.
+    As in PyTorch a table's module is its lookups only; what else reads the table is another module.
     """
     used = [s for s in (sites or CallSites()).of(*group.paths) if s.role != OTHER]
     if hit.leaf:

@@ -41,6 +41,7 @@ def is_table(path: str) -> bool:
 
 
 def same_arrays(leaves: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the paths of each array that has several, as the same object."""
     by_identity: dict[int, list[str]] = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.Array | np.ndarray | QuantizedArray) and leaf.ndim:
@@ -49,6 +50,12 @@ def same_arrays(leaves: Mapping[str, Any]) -> list[list[str]]:
 
 
 def declare(leaves: Mapping[str, Any], entry: Any, links: Any) -> None:
+    """Adds a tie that the user declares to the links.
+
+    Raises:
+      ValueError: a leaf does not exist, or the shapes do not fit.
+      TypeError: the entry is no pair of paths and no `TieGroup`.
+    """
     if isinstance(entry, TieGroup):
         first = entry.members[0]
         source = entry.found[0] if entry.found else DECLARED
@@ -114,6 +121,11 @@ def _check_shapes(leaves: Mapping[str, Any], first: str, second: str, transposed
 
 
 def from_config(leaves: Mapping[str, Any], config: Any, links: Any) -> None:
+    """Adds what a model config says of embedding and output projection, or removes their ties.
+
+    Raises:
+      ValueError: it does not say whether they are tied, or not which leaves they are.
+    """
     get = config.get if isinstance(config, Mapping) else lambda n, d=None: getattr(config, n, d)
     tied = get("tie_word_embeddings")
     if not isinstance(tied, bool):
@@ -166,7 +178,7 @@ def _vocabulary_leaves(leaves: Mapping[str, Any], size: Any) -> tuple[list[str],
 
 
 def by_value(leaves: Mapping[str, Any], links: Any) -> None:
-    """Compares shapes first, then a sample, then the whole; constant arrays never count."""
+    """Adds ties of equal values, found by shape, then by a sample; constant arrays never count."""
     by_shape: dict[Any, list[str]] = {}
     for path, leaf in leaves.items():
         stored = array_of(leaf)

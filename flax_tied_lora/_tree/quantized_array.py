@@ -103,7 +103,7 @@ class QuantizedArray:
 
     @property
     def T(self) -> QuantizedArray:  # noqa: N802 (an array's)
-        """The transpose of one of two axes."""
+        """The transpose, of an array with two axes."""
         return QuantizedArray(self.values.T, self.scales.T, self.qtype, 1 - self.axis)
 
     @property
@@ -132,7 +132,7 @@ def is_quantized(node: Any) -> bool:
 
 
 def dequantized_leaves(leaves: Mapping[str, Any]) -> dict[str, Array]:
-    """Returns the quantised ones of some leaves as arrays, what is shared as one array."""
+    """Returns the quantised leaves among some as arrays; one under several paths is one array."""
     made: dict[int, Array] = {}
     stored = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
     for leaf in stored.values():
@@ -142,12 +142,12 @@ def dequantized_leaves(leaves: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def plain_array(leaf: Any) -> Any:
-    """Returns the array that a leaf stands for: of a quantised one it is made."""
+    """Returns the array that a leaf stands for; a quantised one is dequantised."""
     return leaf.dequantize() if is_quantized(leaf) else leaf
 
 
 def array_of(leaf: Any) -> Any:
-    """Returns what is stored of a leaf: of a quantised one the integers."""
+    """Returns the array that a leaf is stored in: of a quantised one the integers."""
     return leaf.values if is_quantized(leaf) else leaf
 
 

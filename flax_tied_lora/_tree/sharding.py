@@ -42,7 +42,7 @@ def share_names(*arrays: Any) -> bool:
 
 
 def replicated(array: Any) -> Any:
-    """Returns an array without Explicit axes, for what takes the whole of it, or joins several."""
+    """Returns an array replicated over Explicit axes, for what needs it whole or joins several."""
     sharding = split(array)
     if sharding is None:
         return array
@@ -58,7 +58,7 @@ def placed_as(array: Any, other: Any) -> Any:
 def automatic(function: Any, out_sharding: Any) -> Any:
     """Returns a function within which the compiler places arrays, as on Auto mesh axes.
 
-    What takes axes apart and puts them together has no rule for Explicit ones.
+    For operations that split and join axes, which have no rule for Explicit ones.
     """
     return jax.sharding.auto_axes(function, out_sharding=out_sharding)
 
@@ -79,11 +79,11 @@ def automatic_shard_count(array: Any) -> int:
 
 
 def varying(array: Any) -> frozenset[str]:
-    """Returns the manual mesh axes that an array differs over, inside a `jax.shard_map`."""
+    """Returns the manual mesh axes that an array varies over, inside a `jax.shard_map`."""
     return frozenset(getattr(getattr(jax.typeof(array), "manual_axis_type", None), "varying", ()))
 
 
 def vary(array: Any, axes: Iterable[str]) -> Any:
-    """Returns an array as one that differs over manual mesh axes, those it does already or not."""
+    """Returns an array that varies over manual mesh axes, besides those that it varies over now."""
     lacking = frozenset(axes) - varying(array)
     return lax.pcast(array, tuple(sorted(lacking)), to="varying") if lacking else array

@@ -86,7 +86,7 @@ def call(
 
 @dataclasses.dataclass
 class Evaluated:
-    """What a function of adapted arguments came to.
+    """The outcome of a function of adapted arguments.
 
     Attributes:
       result: what it returned, with symbolic weights where it handed them back.
@@ -111,7 +111,7 @@ class Evaluated:
 def evaluated(
     fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
 ) -> Evaluated:
-    """Returns what ``fn`` comes to on adapted arguments, weights that it hands back symbolic."""
+    """Returns the outcome of ``fn``; weights that it hands back are still symbolic."""
     nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=is_opaque)
     places = [i for i, x in enumerate(nodes) if is_adapted(x)]
     adapteds = [nodes[i] for i in places]

@@ -25,7 +25,7 @@ _REFUSED = ("push_to_hub",)  # Saves the model's own params, and takes no others
 
 @jax.tree_util.register_pytree_node_class
 class AdaptedModel:
-    """A model object whose methods take ``params=``, adapted: called as it is, with all it has.
+    """A model object whose methods take ``params=``, with an `Adapted` in their place.
 
     For transformers' Flax models, and any object built like them; transformers is not needed.
     Every method that takes ``params`` (the call itself, ``generate``, ``encode``, ``decode``) is
@@ -208,7 +208,7 @@ class AdaptedModel:
     def _program(
         self, key: Any, method: Callable[..., Any], fill: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """Returns a function of a call's arrays, compiled where it can be known again."""
+        """Returns a function of a call's arrays: compiled once for a key, if the key has a hash."""
         served = adapt(method, on_dense=self._on_dense)
 
         def run(values: Sequence[Any]) -> Any:

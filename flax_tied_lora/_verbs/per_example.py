@@ -207,7 +207,7 @@ class _Results:
 
 
 def _shared_among(x: jax.Array, number: jax.Array) -> tuple[bool, jax.Array]:
-    """Returns whether an array inside `jax.vmap` is the same for all, and then it as it is outside.
+    """Returns whether all examples of a `jax.vmap` share an array, and if so the array unmapped.
 
     Args:
       x: the array.

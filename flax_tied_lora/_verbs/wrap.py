@@ -87,7 +87,7 @@ def wrap_as(
     config: LoraConfig, params: Any, named: Named | None, *, sites: CallSites | None,
     ties: Any, rng: jax.Array | None = None,
 ) -> Adapted:  # fmt: skip
-    """Returns what `wrap` does; what is adapted may be known, in place of what the config names."""
+    """Returns what `wrap` returns; ``named`` says what is adapted in the config's place."""
     leaves, treedef = _checked(params, config, sites)
     rng = jax.random.key(0) if rng is None else typed_key("wrap", rng)
     groups = all_groups(leaves, ties_among(leaves, ties, sites=sites))

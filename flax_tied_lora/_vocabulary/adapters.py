@@ -1,4 +1,4 @@
-"""The adapters of a table that has grown: what was true of old tokens stays true."""
+"""The adapters of a table that has grown: old tokens keep their deltas, new ones have none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAGNITUDE = "lora_magnitude"
 
 
 def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, int]) -> Adapted:
-    """Returns an `Adapted` of grown params with its adapters grown likewise.
+    """Returns an `Adapted` with grown params, and with adapters that fit them.
 
     Args:
       adapted: as it was.
@@ -73,7 +73,7 @@ def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, 
 def _longer(
     old: Any, name: str, group: GroupPlan, adapter: AdapterPlan, axis: int, keep: int, leaf: Any
 ) -> Any:
-    """Returns an array of an adapter: zeros for what is new of a factor, a copy for a copy."""
+    """Returns an adapter's array with new entries: 0 in factors, the leaf's in a full copy."""
     leaf_axes, shape = group.axes(adapter)[name], group.shapes(adapter)[name]
     if axis not in leaf_axes:
         return old
