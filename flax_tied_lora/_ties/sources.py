@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,37 +35,52 @@ HEADS = ("lm_head", "output", "embed_out")
 _SAMPLE = 64
 
 
+class Link(NamedTuple):
+    """Two leaves that are one array.
+
+    Attributes:
+      first, second: their paths.
+      transposed: whether one is the transpose of the other.
+      source: how that is known.
+    """
+
+    first: str
+    second: str
+    transposed: bool
+    source: str
+
+
 def is_table(path: str) -> bool:
     """Returns whether a leaf's name says that rows are picked from it: Flax's ``embedding``."""
     return "embedding" in leaf_name(path)
 
 
-def same_arrays(leaves: Mapping[str, Any]) -> list[list[str]]:
-    """Returns the paths of each array that has several, as the same object."""
+def same_arrays(leaves: Mapping[str, Any]) -> list[Link]:
+    """Returns the ties of leaves that are the same object."""
     by_identity: dict[int, list[str]] = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.Array | np.ndarray | QuantizedArray) and leaf.ndim:
             by_identity.setdefault(id(leaf), []).append(path)
-    return [paths for paths in by_identity.values() if len(paths) > 1]
+    groups = by_identity.values()
+    return [Link(first, other, False, SAME_ARRAY) for first, *others in groups for other in others]
 
 
-def declare(leaves: Mapping[str, Any], entry: Any, links: Any) -> None:
-    """Adds a tie that the user declares to the links.
+def declared(leaves: Mapping[str, Any], entry: Any) -> list[Link]:
+    """Returns the ties that the user declares with one entry.
 
     Raises:
       ValueError: a leaf does not exist, or the shapes do not fit.
       TypeError: the entry is no pair of paths and no `TieGroup`.
     """
     if isinstance(entry, TieGroup):
-        first = entry.members[0]
-        source = entry.found[0] if entry.found else DECLARED
+        first, *others = entry.members
         for member in entry.members:
             _existing(leaves, member.path)
-        for member in entry.members[1:]:
-            transposed = member.transposed != first.transposed
-            _check_shapes(leaves, first.path, member.path, transposed)
-            links.add(first.path, member.path, transposed, source)
-        return
+        source = entry.found[0] if entry.found else DECLARED
+        links = [Link(first.path, m.path, m.transposed != first.transposed, source) for m in others]
+        for link in links:
+            _check_shapes(leaves, link.first, link.second, link.transposed)
+        return links
     if not (
         isinstance(entry, Sequence)
         and len(entry) in (2, 3)
@@ -83,7 +98,7 @@ def declare(leaves: Mapping[str, Any], entry: Any, links: Any) -> None:
         raise ValueError(
             f"find_ties: {how[0]!r} in a declared tie; expected 'same' or 'transposed'"
         )
-    links.add(first, second, _orientation(leaves, first, second, how), DECLARED)
+    return [Link(first, second, _orientation(leaves, first, second, how), DECLARED)]
 
 
 def _existing(leaves: Mapping[str, Any], path: str) -> None:
@@ -120,8 +135,8 @@ def _check_shapes(leaves: Mapping[str, Any], first: str, second: str, transposed
         )
 
 
-def from_config(leaves: Mapping[str, Any], config: Any, links: Any) -> None:
-    """Adds what a model config says of embedding and output projection, or removes their ties.
+def from_config(leaves: Mapping[str, Any], config: Any, links: Sequence[Link]) -> list[Link]:
+    """Returns ties with that of embedding and output projection, or without, as a config says.
 
     Raises:
       ValueError: it does not say whether they are tied, or not which leaves they are.
@@ -134,25 +149,28 @@ def from_config(leaves: Mapping[str, Any], config: Any, links: Any) -> None:
         )
     tables, heads = _vocabulary_leaves(leaves, get("vocab_size"))
     if not tied:
-        links.remove(tables, heads)
-        return
+        pairs = {frozenset((table, head)) for table in tables for head in heads}
+        return [link for link in links if frozenset((link.first, link.second)) not in pairs]
     if len(tables) > 1 and heads:
         raise ValueError(
             "find_ties: the config says tie_word_embeddings, and each of "
             f"{', '.join(map(repr, tables))} could be the input embedding; say which with "
             "ties=[(embedding, head), ...]"
         )
-    for table in tables:
-        for head in heads:
-            a, b = tuple(leaves[table].shape), tuple(leaves[head].shape)
-            # A projection's kernel is [width, vocabulary] in Flax.
-            links.add(table, head, a[::-1] == b, CONFIG)
     if not tables:
         raise ValueError(
             "find_ties: the config says tie_word_embeddings, and no leaf looks like the input "
             f"embedding (a leaf called 'embedding' of vocab_size={get('vocab_size')} rows in one "
             f"of {', '.join(EMBEDDINGS)}); say which with ties=[(embedding, head), ...]"
         )
+    # A projection's kernel is [width, vocabulary] in Flax.
+    return [
+        *links,
+        *(
+            Link(table, head, tuple(leaves[table].shape)[::-1] == tuple(leaves[head].shape), CONFIG)
+            for table in tables for head in heads
+        ),
+    ]  # fmt: skip
 
 
 def _vocabulary_leaves(leaves: Mapping[str, Any], size: Any) -> tuple[list[str], list[str]]:
@@ -177,8 +195,12 @@ def _vocabulary_leaves(leaves: Mapping[str, Any], size: Any) -> tuple[list[str],
     return named or tables, heads
 
 
-def by_value(leaves: Mapping[str, Any], links: Any) -> None:
-    """Adds ties of equal values, found by shape, then by a sample; constant arrays never count."""
+def by_value(leaves: Mapping[str, Any]) -> list[Link]:
+    """Returns the ties of leaves with equal values; arrays of one repeated value never count.
+
+    Shapes are compared first, then a sample, and what is left as a whole.
+    """
+    links: list[Link] = []
     by_shape: dict[Any, list[str]] = {}
     for path, leaf in leaves.items():
         stored = array_of(leaf)
@@ -196,9 +218,10 @@ def by_value(leaves: Mapping[str, Any], links: Any) -> None:
             hits = [(other, flip) for key, flip in keys.items() for other in by_sample.get(key, ())]
             for other, flip in hits:
                 if _equal(plain_array(leaves[other]), leaf, flip):
-                    links.add(other, path, flip, EQUAL_VALUES)
+                    links.append(Link(other, path, flip, EQUAL_VALUES))
                     break
             by_sample.setdefault((shape, row, column), []).append(path)
+    return links
 
 
 def _sample(leaf: Any) -> tuple[bytes, bytes]:
