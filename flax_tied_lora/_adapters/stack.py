@@ -74,16 +74,16 @@ def stack(
         raise ValueError(f"stack: {len(adapteds)} adapters do not fit in capacity={slots}")
     rank = None if rank is None else _count("stack: rank", rank)
     plan = common_plan("stack", [a.plan for a in adapteds], rank)
-    parts = [fitted("stack", a, plan) for a in adapteds]
-    if slots > len(parts):
+    contents = [fitted("stack", a, plan) for a in adapteds]
+    if slots > len(contents):
         refuse_residual("stack", adapteds[0])
-        parts += [fitted("stack", None, plan, adapteds[0].params)] * (slots - len(parts))
+        contents += [fitted("stack", None, plan, adapteds[0].params)] * (slots - len(contents))
 
     def stacked(*arrays: Any) -> Any:
         kind = functools.reduce(np.promote_types, (x.dtype for x in arrays))
         return jnp.stack([jnp.asarray(x, kind) for x in arrays])
 
-    adapters, scaling = jax.tree.map(with_slots, jax.tree.map(stacked, *parts), is_leaf=is_box)
+    adapters, scaling = jax.tree.map(with_slots, jax.tree.map(stacked, *contents), is_leaf=is_box)
     return dataclasses.replace(adapteds[0], adapters=adapters, scaling=scaling, plan=plan)
 
 

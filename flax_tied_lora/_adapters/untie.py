@@ -57,7 +57,7 @@ def untied_leaves(
         _check_path(group, name, path, sites[name])
         if path in arrays:
             raise ValueError(
-                f"merge: untie names {path!r} twice; each part needs a leaf of its own"
+                f"merge: untie names {path!r} twice; each adapter needs a leaf of its own"
             )
         array = _as_read(weights[path if path in members else group.key], sites[name], dtype)
         is_kernel = path not in members and leaf_name(path) == "kernel" and group.is_table

@@ -37,8 +37,8 @@ class AdapterPlan:
       kind: the collection that it is kept in: ``"lora"`` (factors), ``"modules_to_save"`` (a
         trainable copy), ``"trainable_tokens"`` (rows that replace rows) or ``"bias"`` (a trainable
         bias).
-      key: its key there: the group's, and for a part of it ``"<group key>:<name>"``.
-      name: what the user called the part of the group that it is for; "" for the whole group.
+      key: its key there: the group's, and for a share of it ``"<group key>:<name>"``.
+      name: what the user called the share of the group that it is for; "" for the whole group.
       members: leaves of the group that it is for; () for all.
       sites: call sites that it is for; None for all.
       rank: of the factors.
@@ -65,7 +65,7 @@ class AdapterPlan:
 
     @property
     def separate(self) -> bool:
-        """Whether it is for a part of its group only."""
+        """Whether it is for some leaves or call sites of its group only."""
         return bool(self.members) or self.sites is not None
 
     def named(self, module: str) -> str:
@@ -123,7 +123,7 @@ class GroupPlan:
 
     @property
     def separate(self) -> tuple[AdapterPlan, ...]:
-        """The adapters that are for a part of the group only."""
+        """The adapters that are for some of its leaves or call sites only."""
         return tuple(a for a in self.adapters if a.separate)
 
     def is_head(self, adapter: AdapterPlan) -> bool:

@@ -17,7 +17,7 @@ from flax_tied_lora._tree.paths import leaf_name, matches, module_of
 
 _FIELD = "trainable_token_indices"
 
-# For the key of each group: its parts, each with the rows that are replaced in it.
+# For the key of each group: its shares, each with the rows that are replaced in it.
 TokenShares = dict[str, list[tuple[Share, tuple[int, ...]]]]
 
 
@@ -28,7 +28,7 @@ def token_shares(
     """Returns which rows of which groups are replaced.
 
     A list is for the input embedding, and all that is tied to it. Names in a dict are those of
-    modules, scopes or roles; several of one tie group are one part if their rows are the same.
+    modules, scopes or roles; several of one tie group are one share if their rows are the same.
     Follows ``peft.utils.other.set_additional_trainable_modules``.
 
     Raises:
@@ -115,7 +115,7 @@ def tokens_of(
             h: next((n for n in wanted if matches((n,), h.target)), None) for h in hits_of_group
         }
         # PEFT ties modules that the config does not name to one that it does: BART's encoder and
-        # decoder to "shared". What is named comes first, and gives its part the name.
+        # decoder to "shared". What is named comes first, and gives its share the name.
         hits_of_group = tuple(sorted(hits_of_group, key=lambda h: names[h] is None))
         lookup = {h: _is_lookup(h, by_key[key], sites) for h in hits_of_group}
         rows: dict[str, tuple[int, ...]] = {}

@@ -44,8 +44,8 @@ def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | Non
       adapted: what to merge; of stacked adapters one that is selected. It stays as it is.
       dtype: of the merged leaves; by default each keeps its own. In bfloat16 a small delta is
         partly lost in rounding: a merge to float32 keeps it.
-      untie: for a leaf with separate adapters, which one array cannot hold: name of the part ->
-        path of the leaf that the part gets for its own, for example
+      untie: for a leaf with separate adapters, which one array cannot hold: name of an adapter ->
+        path of the leaf that it is merged into, for example
         ``{"lm_head": "lm_head/kernel"}``. A new leaf called ``kernel`` is the transpose of a table;
         it has no box. The model's config must then say untied, too
         (``tie_word_embeddings=False``).
@@ -59,7 +59,7 @@ def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | Non
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"merge: dtype={dtype!r}; expected a floating-point dtype")
     if untie is not None and not isinstance(untie, Mapping):
-        raise TypeError(f"merge: untie={untie!r}; expected a dict, name of the part -> leaf path")
+        raise TypeError(f"merge: untie={untie!r}; expected a dict, name of an adapter -> leaf path")
     one = adapted.slot is not None and jnp.ndim(adapted.slot) == 0
     check_slots(
         "merge",
