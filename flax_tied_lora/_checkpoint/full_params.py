@@ -20,7 +20,8 @@ from flax_tied_lora._checkpoint.stored import (
     without_boxes,
 )
 from flax_tied_lora._planning.plan import Plan
-from flax_tied_lora._ties.find import Member, TieGroup, Ties, find_ties
+from flax_tied_lora._ties.find import Ties, find_ties
+from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._tree.paths import flatten, is_marker, path_name
 from flax_tied_lora._tree.quantized_array import QuantizedArray, is_quantized
 

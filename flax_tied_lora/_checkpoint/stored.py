@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.core import meta
 
 from flax_tied_lora._adapters.fingerprint import checksum, raw
-from flax_tied_lora._tree.boxes import nnx_type, unboxed
+from flax_tied_lora._tree.boxes import is_box, nnx_type, unboxed
 from flax_tied_lora._tree.keys import is_key
 from flax_tied_lora._tree.paths import is_tracer
 from flax_tied_lora._tree.processes import differing
@@ -51,13 +50,13 @@ def without_boxes(tree: Any) -> Any:
     """Returns a pytree with the array of each box, `nnx.Variable` too, in place of the box."""
     variable = nnx_type("Variable")
 
-    def is_box(x: Any) -> bool:
-        return isinstance(x, (meta.AxisMetadata, variable))
+    def holds_an_array(x: Any) -> bool:
+        return is_box(x) or isinstance(x, variable)
 
     def value(x: Any) -> Any:
         return x.get_value() if isinstance(x, variable) else unboxed(x)
 
-    return jax.tree.map(value, tree, is_leaf=is_box)
+    return jax.tree.map(value, tree, is_leaf=holds_an_array)
 
 
 def refuse_tracers(item: str, tree: Any) -> None:

@@ -12,7 +12,8 @@ from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._nnx.leaves import aliases_of, variables_of
 from flax_tied_lora._planning.tying import says_untied
 from flax_tied_lora._ties.find import find_ties
-from flax_tied_lora._ties.sources import SAME_ARRAY, Member, TieGroup
+from flax_tied_lora._ties.groups import Member, TieGroup
+from flax_tied_lora._ties.sources import SAME_ARRAY
 from flax_tied_lora._tree.paths import flatten
 
 

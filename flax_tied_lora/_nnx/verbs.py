@@ -7,8 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.merge import check_adapted
+from flax_tied_lora._adapters.adapted import Adapted, check_adapted
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._nnx.checks import check_adapted_module, check_module

@@ -13,9 +13,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.merge import check_adapted
-from flax_tied_lora._adapters.terms import shapes_of
+from flax_tied_lora._adapters.adapted import Adapted, check_adapted, shapes_of
 from flax_tied_lora._names.layout import TorchWeight, to_torch_array
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._peft.adapter.base_tensors import base_entries, is_resized

@@ -15,9 +15,8 @@ import numpy as np
 from jax import lax
 
 from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.merge import untied_leaves
 from flax_tied_lora._adapters.terms import weights_of
-from flax_tied_lora._algebra.factor import Factor
+from flax_tied_lora._adapters.untie import untied_leaves
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._names.layout import TorchWeight, to_torch_array
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, GroupPlan, Plan
@@ -165,9 +164,7 @@ class _Merged:
 
     def _parts(self, group: GroupPlan) -> dict[str, Any]:
         weights = self._weights(group, False)
-        return untied_leaves(
-            group, weights, dict(self.untie), self.dtype or weights[group.key].dtype
-        )
+        return untied_leaves(group, weights, self.untie, self.dtype or weights[group.key].dtype)
 
 
 def _plain(leaf: Any, dtype: np.dtype | None, one: Any, transposed: bool = False) -> Leaf:
@@ -201,19 +198,11 @@ def _index(part: Part, ndim: int) -> tuple[Any, ...]:
 
 def _slice(weight: Weight, axis: int, index: int) -> Weight:
     """Returns a slice of a weight, without that axis; its factors are sliced, not their product."""
-
-    def move(factor: Factor) -> Factor:
-        array, axes = factor.array, factor.axes
-        if axis in axes:
-            array = lax.index_in_dim(array, index, axes.index(axis), keepdims=False)
-            axes = tuple(a for a in axes if a != axis)
-        return Factor(array, axes).relabel(lambda a: a - (a > axis))
-
     kept = [i for i in range(len(weight.shape)) if i != axis]
     aval = jax.ShapeDtypeStruct(tuple(weight.shape[i] for i in kept), weight.dtype)
     return weight.rearrange(
         aval,
         lambda array: lax.index_in_dim(array, index, axis, keepdims=False),
-        move,
+        lambda factor: factor.at(axis, index),
         [(i,) for i in kept],
     )
