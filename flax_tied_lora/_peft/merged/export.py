@@ -13,7 +13,7 @@ import numpy as np
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._names.mapping import Names
-from flax_tied_lora._names.state import state_entries
+from flax_tied_lora._names.state_dict import state_entries
 from flax_tied_lora._peft.files.errors import AdapterFileError, operating_system
 from flax_tied_lora._peft.files.tensors_out import write_safetensors
 from flax_tied_lora._peft.merged.config import (

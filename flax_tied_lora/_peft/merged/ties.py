@@ -10,8 +10,8 @@ import numpy as np
 
 from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._names.layout import TorchWeight
+from flax_tied_lora._names.line import make_line
 from flax_tied_lora._names.mapping import Names, UnmappedError
-from flax_tied_lora._names.table import make_line
 from flax_tied_lora._peft.merged.leaves import Leaf
 from flax_tied_lora._peft.tables import Parameters
 from flax_tied_lora._planning.plan import Plan

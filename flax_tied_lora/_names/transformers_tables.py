@@ -1,60 +1,26 @@
-"""The tables of transformers' Flax families.
+"""The tables of names of transformers' Flax families.
 
 There a leaf's path is the PyTorch module's name, so that a table is a list of modules by kind.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
-from flax_tied_lora._names.table import Line, make_line
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What is known of a model family.
-
-    Attributes:
-      lines: the table.
-      table: Flax path of the input embedding.
-      shared: PyTorch modules that always share its weight.
-      heads: those that do where the config ties input and output.
-      tied: whether a config that does not say so does.
-      head_leaf: Flax path of the output projection, where it has a leaf of its own.
-      keeps_head_leaf: whether the class has that leaf even where the config ties.
-      other_tables: Flax paths of the input embedding in classes that have it elsewhere.
-      same: (Flax path, PyTorch names) of other shared parameters: a head's bias.
-      ignored: patterns of what PyTorch files hold besides parameters: masks, positions.
-      prefix: what paths and names of a model with a head begin with and of one without do not.
-      renamed: (pattern, replacement) of names in old files.
-      hints: a pattern of paths and what to do where one of those is unmapped; or ().
-    """
-
-    lines: tuple[Line, ...]
-    table: str
-    shared: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ("lm_head",)
-    tied: bool = True
-    head_leaf: str = "lm_head/kernel"
-    keeps_head_leaf: bool = False
-    other_tables: tuple[str, ...] = ()
-    same: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    ignored: tuple[str, ...] = ()
-    prefix: str = ""
-    renamed: tuple[tuple[str, str], ...] = ()
-    hints: tuple[str, ...] = ()
-
+from flax_tied_lora._names.family import Family
+from flax_tied_lora._names.line import Line, make_line
 
 # The leaves of a kind of module: leaf name, parameter, and where need be layout and kind.
 _LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
     "linear": (("kernel", "weight"), ("bias", "bias")),
-    # Flax's Conv1D stores [out, in], PyTorch's [in, out]: both the other way round.
+    # Flax's Conv1D stores [out, in] and PyTorch's [in, out]: each the reverse of its linear layer.
     "conv1d": (("kernel", "weight", "out in -> in out", "conv1d"), ("bias", "bias")),
     "norm": (("scale", "weight"), ("bias", "bias")),
     "rms_norm": (("weight", "weight"),),
     "embedding": (("embedding", "weight"),),
 }
+_GPT2_PROJECTIONS = ("c_attn", "q_attn", "c_proj")
+_QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def _lines(prefix: str, **modules: str) -> list[Line]:
@@ -90,9 +56,6 @@ def _gpt2() -> Family:
     )
 
 
-_GPT2_PROJECTIONS = ("c_attn", "q_attn", "c_proj")
-
-
 def _gpt_neo() -> Family:
     attention = " ".join(f"h.{{}}.attn.attention.{p}" for p in _QKV_OUT)
     return Family(
@@ -109,9 +72,6 @@ def _gpt_neo() -> Family:
         ignored=(r"(.*\.)?attn\.attention\.(masked_)?bias",),
         prefix="transformer",
     )
-
-
-_QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def _opt() -> Family:
@@ -203,9 +163,9 @@ def _bert(prefix: str) -> Family:
         )
     decoder = f"{module}.decoder"
     head_leaf = f"{decoder.replace('.', '/')}/kernel"
-    own = [make_line((bias, f"{module}.bias")), make_line((head_leaf, f"{decoder}.weight"))]
+    output = [make_line((bias, f"{module}.bias")), make_line((head_leaf, f"{decoder}.weight"))]
     return Family(
-        (*body, *heads, *own),
+        (*body, *heads, *output),
         f"{prefix}/embeddings/word_embeddings/embedding",
         heads=(decoder,),
         head_leaf=head_leaf,
