@@ -1,4 +1,4 @@
-"""Gradients of the adapters only."""
+"""`value_and_grad`: a loss, and its gradient with respect to the adapters only."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def value_and_grad(
       adapted = adapted.replace(adapters=optax.apply_updates(adapted.adapters, updates))
     """
 
-    def run(adapted: Adapted, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def value_and_grads(adapted: Adapted, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not isinstance(adapted, Adapted):
             raise TypeError(
                 f"value_and_grad: the first argument is a {type(adapted).__name__}; expected an "
@@ -57,7 +57,7 @@ def value_and_grad(
             return loss_fn(adapted.replace(adapters=adapters), *args, **kwargs)
 
         value, grads = jax.value_and_grad(of_adapters, has_aux=has_aux)(adapted.adapters)
-        # A loss that was compiled gives them back as the compiler had them.
+        # The gradients of a compiled loss have the sharding that the compiler chose.
         return value, jax.tree.map(in_place, adapted.adapters, grads)
 
-    return run
+    return value_and_grads
