@@ -42,7 +42,7 @@ def labels(adapted: Adapted | Plan) -> dict[str, Any]:
           {"lora_a": optax.set_to_zero(), "lora_b": optax.adam(1e-3)}, train.labels(adapted)
       )
     """
-    return by_adapter(checked_plan("labels", adapted), kind_of)
+    return by_adapter(checked_plan("labels", adapted), label_of)
 
 
 def labels_by(
@@ -118,7 +118,7 @@ def by_adapter(
     return result
 
 
-def kind_of(group: GroupPlan, adapter: AdapterPlan, name: str) -> str:
+def label_of(group: GroupPlan, adapter: AdapterPlan, name: str) -> str:
     """Returns the label of one array of an adapter; see `labels`."""
     if adapter.kind != LORA:
         return adapter.kind

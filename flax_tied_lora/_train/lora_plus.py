@@ -21,7 +21,7 @@ from flax_tied_lora._planning.plan import (
     GroupPlan,
     Plan,
 )
-from flax_tied_lora._train.labels import by_adapter, checked_plan, kind_of
+from flax_tied_lora._train.labels import by_adapter, checked_plan, label_of
 from flax_tied_lora._tree.paths import leaf_name
 
 
@@ -92,7 +92,7 @@ def lora_plus(
 
 
 def _rates_group(group: GroupPlan, adapter: AdapterPlan, name: str) -> str:
-    label = kind_of(group, adapter, name)
+    label = label_of(group, adapter, name)
     if label == "embedding":
         return label
     if adapter.kind in (MODULES_TO_SAVE, TRAINABLE_TOKENS) and len(group.shape) > 1:
