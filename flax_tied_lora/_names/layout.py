@@ -149,7 +149,7 @@ def _axis(names: dict[str, int], name: str, text: str) -> int:
 def torch_view(leaf: Any, weight: TorchWeight) -> np.ndarray:
     """Returns a parameter's elements as a view of the leaf, or a copy where NumPy needs one."""
     array = np.asarray(leaf)
-    check_ndim(array.shape, weight)
+    _check_ndim(array.shape, weight)
     shape = weight.shape(array.shape)
     for axis, i in weight.part:
         if not -1 < i < array.shape[axis]:
@@ -189,7 +189,7 @@ def from_torch_array(array: Any, weight: TorchWeight, shape: Sequence[int]) -> n
       ValueError: the parameter has another shape than the leaf and the layout ask for.
     """
     array = np.asarray(array)
-    check_ndim(shape, weight)
+    _check_ndim(shape, weight)
     expected = weight.shape(shape)
     if array.shape != expected:
         raise ValueError(
@@ -236,7 +236,7 @@ def index_of(part: Iterable[tuple[int, int]], ndim: int) -> tuple[int | slice, .
     return tuple(index)
 
 
-def check_ndim(shape: Sequence[int], weight: TorchWeight) -> None:
+def _check_ndim(shape: Sequence[int], weight: TorchWeight) -> None:
     """Raises ValueError where a leaf has another number of axes than the layout."""
     if len(shape) != weight.ndim:
         raise ValueError(

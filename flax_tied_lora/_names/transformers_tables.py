@@ -19,7 +19,6 @@ _LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
     "rms_norm": (("weight", "weight"),),
     "embedding": (("embedding", "weight"),),
 }
-_GPT2_PROJECTIONS = ("c_attn", "q_attn", "c_proj")
 _QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -37,98 +36,91 @@ def _lines(prefix: str, **modules: str) -> list[Line]:
     return lines
 
 
-def _gpt2() -> Family:
-    attention = "h.{}.attn h.{}.crossattention"
+def _causal(
+    prefix: str, embedding_module: str, modules: dict[str, str], *, tied: bool = True,
+    keeps_head_leaf: bool = False, ignored: str | None = None, hints: tuple[str, ...] = (),
+) -> Family:  # fmt: skip
+    """Returns a family of causal language models: a body under a prefix, and an ``lm_head``.
+
+    Args:
+      embedding_module: path of the input embedding in the body.
+      modules: modules of the body by kind, separated by spaces.
+      ignored: a pattern, as in `Family`.
+    """
     return Family(
-        (
-            *_lines(
-                "transformer",
-                embedding="wte wpe",
-                norm="h.{}.ln_1 h.{}.ln_2 h.{}.ln_cross_attn ln_f",
-                conv1d=" ".join(f"{a}.{p}" for a in attention.split() for p in _GPT2_PROJECTIONS)
-                + " h.{}.mlp.c_fc h.{}.mlp.c_proj",
-            ),
-            *_lines("", linear="lm_head"),
-        ),
-        "transformer/wte/embedding",
-        ignored=(r"(.*\.)?h\.\d+\.(cross)?attn\.(masked_)?bias",),
-        prefix="transformer",
+        (*_lines(prefix, **modules), *_lines("", linear="lm_head")),
+        f"{prefix}/{embedding_module}/embedding",
+        tied=tied,
+        keeps_head_leaf=keeps_head_leaf,
+        ignored=() if ignored is None else (ignored,),
+        prefix=prefix,
+        hints=hints,
     )
+
+
+def _gpt2() -> Family:
+    projections = " ".join(
+        f"h.{{}}.{attention}.{p}"
+        for attention in ("attn", "crossattention")
+        for p in ("c_attn", "q_attn", "c_proj")
+    )
+    modules = {
+        "embedding": "wte wpe",
+        "norm": "h.{}.ln_1 h.{}.ln_2 h.{}.ln_cross_attn ln_f",
+        "conv1d": f"{projections} h.{{}}.mlp.c_fc h.{{}}.mlp.c_proj",
+    }
+    masks = r"(.*\.)?h\.\d+\.(cross)?attn\.(masked_)?bias"
+    return _causal("transformer", "wte", modules, ignored=masks)
 
 
 def _gpt_neo() -> Family:
     attention = " ".join(f"h.{{}}.attn.attention.{p}" for p in _QKV_OUT)
-    return Family(
-        (
-            *_lines(
-                "transformer",
-                embedding="wte wpe",
-                norm="h.{}.ln_1 h.{}.ln_2 ln_f",
-                linear=f"{attention} h.{{}}.mlp.c_fc h.{{}}.mlp.c_proj",
-            ),
-            *_lines("", linear="lm_head"),
-        ),
-        "transformer/wte/embedding",
-        ignored=(r"(.*\.)?attn\.attention\.(masked_)?bias",),
-        prefix="transformer",
-    )
+    modules = {
+        "embedding": "wte wpe",
+        "norm": "h.{}.ln_1 h.{}.ln_2 ln_f",
+        "linear": f"{attention} h.{{}}.mlp.c_fc h.{{}}.mlp.c_proj",
+    }
+    masks = r"(.*\.)?attn\.attention\.(masked_)?bias"
+    return _causal("transformer", "wte", modules, ignored=masks)
 
 
 def _opt() -> Family:
     attention = " ".join(f"decoder.layers.{{}}.self_attn.{p}" for p in _QKV_OUT)
-    return Family(
-        (
-            *_lines(
-                "model",
-                embedding="decoder.embed_tokens decoder.embed_positions",
-                norm="decoder.layers.{}.self_attn_layer_norm decoder.layers.{}.final_layer_norm "
-                "decoder.final_layer_norm",
-                linear=f"{attention} decoder.layers.{{}}.fc1 decoder.layers.{{}}.fc2 "
-                "decoder.project_in decoder.project_out",
-            ),
-            *_lines("", linear="lm_head"),
-        ),
-        "model/decoder/embed_tokens/embedding",
-        prefix="model",
-    )
+    modules = {
+        "embedding": "decoder.embed_tokens decoder.embed_positions",
+        "norm": "decoder.layers.{}.self_attn_layer_norm decoder.layers.{}.final_layer_norm "
+        "decoder.final_layer_norm",
+        "linear": f"{attention} decoder.layers.{{}}.fc1 decoder.layers.{{}}.fc2 "
+        "decoder.project_in decoder.project_out",
+    }
+    return _causal("model", "decoder/embed_tokens", modules)
 
 
 def _bloom() -> Family:
-    return Family(
-        (
-            *_lines(
-                "transformer",
-                embedding="word_embeddings",
-                norm="word_embeddings_layernorm h.{}.input_layernorm "
-                "h.{}.post_attention_layernorm ln_f",
-                linear="h.{}.self_attention.query_key_value h.{}.self_attention.dense "
-                "h.{}.mlp.dense_h_to_4h h.{}.mlp.dense_4h_to_h",
-            ),
-            *_lines("", linear="lm_head"),
-        ),
-        "transformer/word_embeddings/embedding",
-        prefix="transformer",
-    )
+    modules = {
+        "embedding": "word_embeddings",
+        "norm": "word_embeddings_layernorm h.{}.input_layernorm h.{}.post_attention_layernorm ln_f",
+        "linear": "h.{}.self_attention.query_key_value h.{}.self_attention.dense "
+        "h.{}.mlp.dense_h_to_4h h.{}.mlp.dense_4h_to_h",
+    }
+    return _causal("transformer", "word_embeddings", modules)
 
 
 def _llama(tied: bool, keeps_head_leaf: bool, hints: tuple[str, ...] = ()) -> Family:
     attention = " ".join(f"layers.{{}}.self_attn.{p}_proj" for p in "qkvo")
     mlp = " ".join(f"layers.{{}}.mlp.{p}_proj" for p in ("gate", "up", "down"))
-    return Family(
-        (
-            *_lines(
-                "model",
-                embedding="embed_tokens",
-                rms_norm="layers.{}.input_layernorm layers.{}.post_attention_layernorm norm",
-                linear=f"{attention} {mlp}",
-            ),
-            *_lines("", linear="lm_head"),
-        ),
-        "model/embed_tokens/embedding",
+    modules = {
+        "embedding": "embed_tokens",
+        "rms_norm": "layers.{}.input_layernorm layers.{}.post_attention_layernorm norm",
+        "linear": f"{attention} {mlp}",
+    }
+    return _causal(
+        "model",
+        "embed_tokens",
+        modules,
         tied=tied,
         keeps_head_leaf=keeps_head_leaf,
-        ignored=(r"(.*\.)?rotary_emb\.inv_freq",),
-        prefix="model",
+        ignored=r"(.*\.)?rotary_emb\.inv_freq",
         hints=hints,
     )
 
