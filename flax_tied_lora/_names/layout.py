@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 KINDS = ("linear", "conv1d", "embedding", "conv", "vector", "parameter")
+_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<index>\d+)|\{(?P<field>[A-Za-z_]\w*)\}"
+                    r"|(?P<open>\()|(?P<close>\)))\s*")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +70,6 @@ class Layout:
     ndim: int
     dims: tuple[tuple[int, ...], ...]
     part: tuple[tuple[int, int | str], ...]
-
-
-_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<index>\d+)|\{(?P<field>[A-Za-z_]\w*)\}"
-                    r"|(?P<open>\()|(?P<close>\)))\s*")  # fmt: skip
 
 
 def parse_layout(text: str) -> Layout:

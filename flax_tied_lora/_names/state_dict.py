@@ -45,20 +45,21 @@ def state_entries(params: Any, names: Names, *, duplicates: bool = False) -> lis
     for path, leaf in leaves.items():
         refuse_spread("to_state_dict", path, leaf)
     entries: dict[str, Entry] = {}
-    made: dict[str, tuple[str, Any, TorchWeight]] = {}
+    sources: dict[str, tuple[str, Any, TorchWeight]] = {}
     for path, leaf in leaves.items():
         for weight in names.to_torch(path, leaf.shape):
             if weight.name in entries:
+                other, _, _ = sources[weight.name]
                 raise ValueError(
-                    f"{weight.name} would be both {made[weight.name][0]!r} and {path!r}: the table "
-                    "of names gives two leaves one PyTorch name"
+                    f"{weight.name} would be both {other!r} and {path!r}: the table of names gives "
+                    "two leaves one PyTorch name"
                 )
-            made[weight.name] = path, leaf, weight
+            sources[weight.name] = path, leaf, weight
             entries[weight.name] = _entry(leaf, weight)
     for first, others in _tied_names(names, entries):
         for name in others:
-            if name in made:
-                _check_equal(made[first], made[name])
+            if name in sources:
+                _check_equal(sources[first], sources[name])
                 if not duplicates:
                     del entries[name]
             elif duplicates:
@@ -67,7 +68,7 @@ def state_entries(params: Any, names: Names, *, duplicates: bool = False) -> lis
 
 
 def to_state_dict(params: Any, names: Names, *, duplicates: bool = False) -> dict[str, np.ndarray]:
-    """Returns a model's PyTorch state dict as NumPy arrays: all of `state_entries`, made.
+    """Returns a model's PyTorch state dict as NumPy arrays: `state_entries`, each made.
 
     >>> import numpy as np
     >>> from flax_tied_lora.names import names_of

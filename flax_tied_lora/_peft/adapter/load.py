@@ -143,7 +143,10 @@ def _filled(files: AdapterFiles, adapted: Adapted, content: Content, names: Name
 def _with_tensors(
     group: GroupPlan, adapter: AdapterPlan, weights: list[TorchWeight], content: Content
 ) -> TorchAdapter:
-    """Returns an adapter with those of its PyTorch parameters that the file has tensors for."""
+    """Returns an adapter with those of its PyTorch parameters that the file has tensors for.
+
+    Modules that the model never calls are left out, and noted in ``content.unread``.
+    """
     if adapter.kind == TRAINABLE_TOKENS:
         in_file = [w for w in weights if w.module in content.tokens]
     else:
