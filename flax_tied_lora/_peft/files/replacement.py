@@ -1,13 +1,13 @@
 """New files that take the place of old ones together, in a directory that holds other files too.
 
-Everything is first written, to the disk, under hidden names. Then files change places one at a
-time, and one of them, the marker (an adapter's ``adapter_config.json``), is what a reader looks for
-first: the old marker goes first and the new one comes last. Whoever reads in between, or after a
-crash in between, finds no marker, and never one save's config with another save's weights. A
-single file that changes, beside an unchanged marker, is replaced in one step.
+Everything is first written to the disk under hidden names. Then files change places one at a time.
+A reader looks for one of them first, the marker (an adapter's ``adapter_config.json``): the old
+marker goes first and the new one comes last. Whoever reads in between, or after a crash in between,
+finds no marker, and never one save's config with another save's weights. Where a single file
+changes, beside an unchanged marker, it is replaced in one step.
 
 An error puts everything back. A crash can leave hidden files ending in ``.incomplete`` or
-``.replaced``: they are whole, and may be deleted.
+``.replaced``: they are complete, and may be deleted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Replacement:
 
         Args:
           name: its name.
-          content: its bytes, in parts; each is written before the next one is asked for.
+          content: its bytes, in chunks; each is written before the next one is asked for.
         """
         path = self._hidden(name, INCOMPLETE)
         with operating_system(path, "make the file"):
@@ -45,9 +45,9 @@ class Replacement:
             file = path.open("xb", buffering=0)
         self._written.append(name)
         with file:
-            for part in content:
-                _write(path, file, part)
-                del part  # it may be all of a large array, and the next one is made now
+            for chunk in content:
+                _write(path, file, chunk)
+                del chunk  # it may be all of a large array, and the next one is made now
             with operating_system(path, "write the file"):
                 os.fsync(file.fileno())
 
@@ -55,7 +55,7 @@ class Replacement:
         """Puts what was written in place of the old files, all of it or nothing.
 
         Args:
-          old: names of files that are there now and belong to what is replaced.
+          old: names of the files that belong to what is replaced.
           marker: name of the file without which nothing reads the others.
         """
         with operating_system(self.directory, "replace the files in it"):
@@ -79,30 +79,31 @@ class Replacement:
                 self._hidden(name, INCOMPLETE).unlink(missing_ok=True)
 
     def _exchange(self, new: list[str], old: list[str], marker: str) -> None:
-        gone: list[str] = []
-        come: list[str] = []
+        """Moves the old files away and the new ones in; an error moves all of them back."""
+        removed: list[str] = []
+        placed: list[str] = []
         try:
             for name in sorted(old, key=lambda n: n != marker):
-                gone.append(name)
+                removed.append(name)
                 os.replace(self.directory / name, self._hidden(name, REPLACED))
                 if name == marker:
                     _sync(self.directory)
             for name in sorted(new, key=lambda n: n == marker):
                 if name == marker:
                     _sync(self.directory)
-                come.append(name)
+                placed.append(name)
                 os.replace(self._hidden(name, INCOMPLETE), self.directory / name)
             _sync(self.directory)
         except BaseException:
             # An interrupt may come before or after the step that the list already names.
-            for name in reversed(come):
+            for name in reversed(placed):
                 if not os.path.lexists(self._hidden(name, INCOMPLETE)):
                     os.replace(self.directory / name, self._hidden(name, INCOMPLETE))
-            for name in reversed(gone):
+            for name in reversed(removed):
                 if os.path.lexists(self._hidden(name, REPLACED)):
                     os.replace(self._hidden(name, REPLACED), self.directory / name)
             raise
-        for name in gone:
+        for name in removed:
             with contextlib.suppress(OSError):
                 self._hidden(name, REPLACED).unlink()
 
@@ -116,7 +117,7 @@ class Replacement:
 
 @contextlib.contextmanager
 def replacement(directory: Path) -> Iterator[Replacement]:
-    """Gives a `Replacement` for a directory, which is made if need be; no commit, no change."""
+    """Yields a `Replacement` for a directory, made if need be; without `commit` nothing changes."""
     made = _make(directory)
     files = Replacement(directory)
     try:
@@ -129,8 +130,8 @@ def replacement(directory: Path) -> Iterator[Replacement]:
         raise
 
 
-def _write(path: Path, file: IO[bytes], part: Any) -> None:
-    rest = memoryview(part)
+def _write(path: Path, file: IO[bytes], chunk: Any) -> None:
+    rest = memoryview(chunk)
     with operating_system(path, "write the file"):
         while rest:
             rest = rest[file.write(rest) :]
@@ -148,7 +149,7 @@ def _make(directory: Path) -> list[Path]:
 
 
 def _sync(directory: Path) -> None:
-    """Has the directory's entries written to the disk, where the system lets a program ask."""
+    """Flushes the directory's entries to the disk, where the system lets a program ask for it."""
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)
         try:

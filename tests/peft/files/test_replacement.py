@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from flax_tied_lora._peft.adapter import folder as files
 from flax_tied_lora._peft.adapter.folder import AdapterFileError, read_adapter, write_adapter
-from flax_tied_lora._peft.files.tensors_out import write_safetensors
+from flax_tied_lora._peft.files.safetensors_write import write_safetensors
 from tests.helpers import sample_adapter as sample
 from tests.helpers.damage import CONFIG, INDEX, WEIGHTS, reshard, snapshot
 from tests.helpers.sample_adapter import (
