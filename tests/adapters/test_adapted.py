@@ -13,6 +13,7 @@ import pytest
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import Adapted, LoraConfig
+from tests.helpers import one_kernel
 from tests.helpers.small_models import LAYERS, TOKENS, StackedLM, TiedLM, init, randomised, wrapped
 
 TABLE, HEAD = "embed_tokens/embedding", "lm_head/kernel"
@@ -217,3 +218,12 @@ def test_prints_shapes_as_it_prints_arrays(abstract):
     adapted = tied_lora.wrap(params, LoraConfig(r=2, target_modules=["embed_tokens"]))
     assert "trainable: 40 of 208 parameters" in str(adapted)
     assert repr(adapted) == "Adapted(1 groups adapted, rank 2)"
+
+
+def test_factors_of_another_shape_are_refused():
+    adapted = one_kernel.wrapped()
+    pair = adapted.adapters["lora"]["dense/kernel"]
+    for name, bad in {"lora_a": jnp.ones((7, 2)), "lora_b": jnp.ones((3, 4))}.items():
+        adapters = {"lora": {"dense/kernel": {**pair, name: bad}}}
+        with pytest.raises(ValueError, match=rf"Adapted.replace: {name} of 'dense/kernel' is flo"):
+            adapted.replace(adapters=adapters)

@@ -1,0 +1,17 @@
+"""Some of a weight's call sites: by role, by module scope, or both."""
+
+from __future__ import annotations
+
+import pytest
+
+from flax_tied_lora import SiteFilter
+
+
+@pytest.mark.parametrize(
+    "scope",
+    ["T/T.encode/encoder/shared", "T.encode/encoder/shared", "T/T.a/T.b/encoder/encoder.c/shared"],
+)
+def test_a_method_that_a_module_calls_of_itself_is_no_module(scope):
+    assert SiteFilter(scope="T/encoder/shared")("lookup", scope)
+    assert not SiteFilter(scope="T/T/encoder")("lookup", scope)
+    assert SiteFilter(scope="a/a")("lookup", "T/a/a")  # a child of its parent's name
