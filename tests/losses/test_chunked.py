@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -144,34 +143,6 @@ def test_a_quantised_table_stays_quantised():
         assert_same(ours, theirs)
 
 
-def test_transformations_of_jax():
-    def each(loss: Any, hidden: Any, table: Any) -> Any:
-        return jax.vmap(loss, (0, None, 0))(hidden, table, LABELS)
-
-    def scanned(loss: Any, hidden: Any, table: Any) -> Any:
-        def step(total: Any, x: Any) -> Any:
-            return total + jax.checkpoint(loss)(x[0], table, x[1]), None
-
-        return jax.lax.scan(step, jnp.float32(0), (hidden, LABELS))[0]
-
-    def tables(loss: Any, hidden: Any, table: Any) -> Any:
-        stack = jnp.stack([table, 2 * table, table - 1])
-        return jax.vmap(jax.vmap(loss, (None, 0, None)), (0, None, 0))(hidden, stack, LABELS)
-
-    def curvature(loss: Any, hidden: Any, table: Any) -> Any:
-        gradient = jax.grad(lambda x: loss(x, table, LABELS))
-        return jax.jvp(gradient, (hidden,), (jnp.sin(hidden),))[1]
-
-    fused = functools.partial(linear_cross_entropy, chunk_size=4)
-
-    def both(program: Any) -> Any:
-        return [value_and_gradients(functools.partial(program, x)) for x in (fused, cross_entropy)]
-
-    for program in (each, scanned, tables, curvature):
-        ours, theirs = (compiled(run, HIDDEN, TABLE) for run in both(program))
-        assert_same(ours, theirs, 5e-5)
-
-
 def _stated(program: Any) -> tuple[int, float]:
     return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"]
 
@@ -248,59 +219,3 @@ def test_evaluation_forms_no_gradients():
     product = 2 * 64 * 32 * 512
     assert product <= value < 1.5 * product
     assert 2 * product <= gradient < 2.5 * product
-
-
-GOOD: dict[str, Any] = {"hidden": HIDDEN, "table": TABLE, "labels": LABELS}
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"hidden": LABELS}, TypeError, "hidden is int32; expected floating point"),
-        ({"table": jnp.ones((V, D), int)}, TypeError, "table is int32"),
-        ({"labels": jnp.ones(TOKENS)}, TypeError, "labels are float32; expected integers"),
-        ({"labels": jnp.ones(TOKENS, bool)}, TypeError, "labels are bool"),
-        ({"table": BIAS}, ValueError, "two axes"),
-        ({"table": TABLE.T}, ValueError, "with vocab_axis=1 it fits"),
-        ({"hidden": HIDDEN[..., :4]}, ValueError, r"expected hidden \[\.\.\., 6\]$"),
-        ({"hidden": jnp.float32(1)}, ValueError, "hidden has shape"),
-        ({"labels": LABELS[:2]}, ValueError, r"labels have shape \(2, 9\); expected \(3, 9\)"),
-        ({"weights": WEIGHTS[0]}, ValueError, r"weights has shape \(9,\); expected \(3, 9\)"),
-        ({"weights": WEIGHTS.astype(complex)}, TypeError, "weights are complex64"),
-        ({"bias": BIAS[:5]}, ValueError, r"bias has shape \(5,\); expected \(17,\)"),
-        ({"vocab_axis": 2}, ValueError, "vocab_axis=2; expected 0"),
-        ({"vocab_axis": True}, ValueError, "vocab_axis=True"),
-        ({"reduction": "average"}, ValueError, "'average'; expected 'mean', 'sum' or 'none'"),
-        ({"ignore_index": 0.5}, ValueError, "ignore_index=0.5"),
-        ({"ignore_index": 2**31}, ValueError, "an int32"),
-        ({"label_smoothing": 1.0}, ValueError, "from 0 up to, not including, 1"),
-        ({"label_smoothing": "0.1"}, ValueError, "a Python number"),
-        ({"z_loss": -1e-4}, ValueError, "z_loss=-0.0001"),
-        ({"z_loss": float("nan")}, ValueError, "z_loss=nan"),
-        ({"logit_soft_cap": 0}, ValueError, "above 0, or None"),
-        ({"logit_scale": float("inf")}, ValueError, "finite"),
-        ({"axis_name": 1}, ValueError, "the name of a mesh axis"),
-        ({"chunk_size": -1}, ValueError, "1 or more"),
-        ({"chunk_size": 0}, ValueError, "1 or more"),
-        ({"chunk_size": 2.0}, ValueError, "chunk_size=2.0"),
-    ],
-    ids=str,
-)
-def test_what_is_refused(change, error, words):
-    with pytest.raises(error, match=words):
-        linear_cross_entropy(**GOOD | change)
-
-
-def test_an_adapted_is_refused_with_what_to_do():
-    params = {"embed": {"embedding": TABLE}}
-    adapted = tied_lora.wrap(params, tied_lora.LoraConfig(r=2, target_modules=["embed"]))
-    with pytest.raises(TypeError, match=r"table is an Adapted.*tied_lora\.adapt"):
-        linear_cross_entropy(HIDDEN, adapted, LABELS)
-
-
-def test_numpy_arrays_and_numbers_are_taken():
-    value = linear_cross_entropy(
-        np.asarray(HIDDEN), np.asarray(TABLE), np.asarray(LABELS, np.int16),
-        weights=np.ones(TOKENS, np.int32), label_smoothing=float(np.float32(0.1)),
-    )  # fmt: skip
-    assert_same(value, cross_entropy(HIDDEN, TABLE, LABELS, label_smoothing=0.1))
