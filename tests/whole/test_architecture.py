@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -31,6 +32,7 @@ ALONE = {
 }
 
 
+@functools.cache
 def imports(module: str) -> list[tuple[ast.stmt, str, str]]:
     """Returns the package's own imports of a module: statement, module, and name or ""."""
     found = []
