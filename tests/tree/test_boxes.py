@@ -44,8 +44,10 @@ def test_a_box_without_names_is_refused():
 def test_an_array_is_taken_out_with_slots_or_without():
     assert unboxed(BOX).shape == (4, 6)
     assert unboxed("no box") == "no box"
-    stacked = with_slots(nn.Partitioned(jnp.ones((3, 4, 6)), ("rows", "cols")))
-    assert stacked.names == (None, "rows", "cols")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    stacked = with_slots(nn.Partitioned(jnp.ones((3, 4, 6)), ("x", None), mesh=mesh))
+    assert stacked.names == (None, "x", None)
+    assert unboxed(stacked).sharding.spec == jax.P(None, "x", None)
     # Inside `jax.vmap` over slots the array lacks the box's first axis.
     shapes = []
     jax.vmap(lambda factor: shapes.append(unboxed(factor).shape))(stacked)
