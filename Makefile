@@ -62,6 +62,7 @@ KEPT_MEMORY := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:g
 # Half an hour on two idle cores, 10 GiB of memory; writes benchmarks/results/ and docs/performance.md.
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/elsewhere.py
+	$(BIN)/python benchmarks/importing.py
 	$(BIN)/python benchmarks/tracing.py
 	$(BIN)/python benchmarks/linear_cross_entropy.py
 	$(BIN)/python benchmarks/decoding.py

@@ -11,6 +11,7 @@ from flax_tied_lora._nnx.module import AdaptedModule as AdaptedModule
 from flax_tied_lora._nnx.module import LoRADropout as LoRADropout
 from flax_tied_lora._nnx.module import Scaling as Scaling
 from flax_tied_lora._nnx.module import Slot as Slot
+from flax_tied_lora._nnx.trace import Method as Method
 from flax_tied_lora._nnx.trace import explain as explain
 from flax_tied_lora._nnx.trace import trace as trace
 from flax_tied_lora._nnx.verbs import adapted as adapted
@@ -21,6 +22,7 @@ from flax_tied_lora._nnx.verbs import wrap as wrap
 __all__ = [
     "AdaptedModule",
     "LoRADropout",
+    "Method",
     "Scaling",
     "Slot",
     "adapted",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import TypeVar
 
 from flax_tied_lora._algebra.factor import pytree
 from flax_tied_lora._planning.plan import COLLECTIONS, LORA, GroupPlan, Plan
@@ -20,9 +21,25 @@ from flax_tied_lora._tree.table import folded, table
 _SCALING = "lora_scaling"
 _PARAMS = "params"
 
+# What holds the params: a dict, a FrozenDict, an `nnx.State`, any pytree with key paths.
+Params = TypeVar("Params", default=Any)
+# Collection -> key -> an array, or ``{"lora_a": array, ...}``.
+Adapters = Mapping[str, Mapping[str, Any]]
+
+
+class Fields(TypedDict, total=False):
+    """The fields of an `Adapted`, as `Adapted.replace` takes them."""
+
+    params: Any
+    adapters: Any
+    scaling: Mapping[str, Any]
+    rng: jax.Array | None
+    plan: Plan
+    slot: Any
+
 
 @pytree("plan")
-class Adapted:
+class Adapted(Generic[Params]):
     """Params with adapters: a pytree that takes the place of params wherever `adapt` is used.
 
     Attributes:
@@ -40,14 +57,14 @@ class Adapted:
         they are not chosen among. See `select`.
     """
 
-    params: Any
-    adapters: Any
-    scaling: Any
-    rng: Any
+    params: Params
+    adapters: Adapters
+    scaling: Mapping[str, Any]
+    rng: jax.Array | None
     plan: Plan
     slot: Any = None
 
-    def replace(self, **changes: Any) -> Adapted:
+    def replace(self, **changes: Unpack[Fields]) -> Adapted[Params]:
         """Returns a copy with some fields replaced, usually ``adapters``.
 
         Raises:
@@ -59,7 +76,7 @@ class Adapted:
             _check_adapters("Adapted.replace", self.plan, adapters, stacked=True)
         return dataclasses.replace(self, **changes)
 
-    def train(self, rng: jax.Array) -> Adapted:
+    def train(self, rng: jax.Array) -> Adapted[Params]:
         """Returns a copy in which dropout is on, at the config's ``lora_dropout``.
 
         Give each step a key of its own. Within a step the key is folded by group, call site and
@@ -73,7 +90,7 @@ class Adapted:
         """
         return dataclasses.replace(self, rng=typed_key("Adapted.train", rng))
 
-    def eval(self) -> Adapted:
+    def eval(self) -> Adapted[Params]:
         """Returns a copy in which dropout is off."""
         return dataclasses.replace(self, rng=None)
 

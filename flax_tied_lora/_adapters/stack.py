@@ -31,9 +31,10 @@ def adapter_axes(adapted: Adapted, axis: int | None = 0) -> Adapted:
       logits = jax.vmap(run, in_axes=(tied_lora.adapter_axes(stacked), 0))(stacked, tokens)
     """
     check_adapted("adapter_axes", adapted)
+    make: Any = Adapted  # Of axes, which stand for all that is below them.
     if adapted.slot is not None:
-        return Adapted(None, None, None, None, adapted.plan, axis)
-    return Adapted(None, axis, axis, None, adapted.plan)
+        return make(None, None, None, None, adapted.plan, axis)
+    return make(None, axis, axis, None, adapted.plan)
 
 
 def stack(

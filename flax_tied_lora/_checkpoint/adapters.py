@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import operator
-from typing import Any, NamedTuple
+import os
+from typing import Any, Generic, NamedTuple
 
 import jax
 import optax
 import orbax.checkpoint as ocp
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, Params
 from flax_tied_lora._adapters.fingerprint import differences, fingerprint
 from flax_tied_lora._checkpoint.record import orbax_args, read_record, write
 from flax_tied_lora._checkpoint.refit import adapter_templates, fit
@@ -25,17 +26,22 @@ from flax_tied_lora._checkpoint.stored import (
 from flax_tied_lora._planning.plan import LORA, Plan
 
 
-class Restored(NamedTuple):
+class Restored(NamedTuple, Generic[Params]):
     """What `restore` returns: ``adapted, opt_state, step, extra``."""
 
-    adapted: Adapted
+    adapted: Adapted[Params]
     opt_state: Any
     step: int
     extra: Any
 
 
 def save(
-    path: Any, adapted: Adapted, *, opt_state: Any = None, step: int = 0, extra: Any = None
+    path: str | os.PathLike[str],
+    adapted: Adapted,
+    *,
+    opt_state: Any = None,
+    step: int = 0,
+    extra: Any = None,
 ) -> None:
     """Saves adapters and the state of their training, without the base, as one checkpoint.
 
@@ -60,14 +66,14 @@ def save(
 
 
 def restore(
-    path: Any,
-    params: Any,
+    path: str | os.PathLike[str],
+    params: Params,
     *,
     opt_state: Any = None,
     extra: Any = None,
     sharding: Any = None,
     check_base: bool = True,
-) -> Restored:
+) -> Restored[Params]:
     """Returns adapters on their base again, and the state of their training.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +20,12 @@ from flax_tied_lora._checkpoint.stored import (
     without_boxes,
 )
 from flax_tied_lora._planning.plan import Plan
-from flax_tied_lora._ties.find import Member, TieGroup, find_ties
+from flax_tied_lora._ties.find import Member, TieGroup, Ties, find_ties
 from flax_tied_lora._tree.paths import flatten, is_marker, path_name
 from flax_tied_lora._tree.quantized_array import QuantizedArray, is_quantized
 
 
-def save_params(path: Any, params: Any, *, ties: Any = "auto") -> None:
+def save_params(path: str | os.PathLike[str], params: Any, *, ties: Ties | Plan = "auto") -> None:
     """Saves full params as one checkpoint, with one copy of what is tied.
 
     Orbax on its own stores an array that stands in two places twice, and restores two arrays.
@@ -64,7 +65,9 @@ def save_params(path: Any, params: Any, *, ties: Any = "auto") -> None:
     write(path, orbax_args(facts, {"params": tree}))
 
 
-def restore_params(path: Any, target: Any = None, *, sharding: Any = None) -> Any:
+def restore_params(
+    path: str | os.PathLike[str], target: Any = None, *, sharding: Any = None
+) -> Any:
     """Returns params that `save_params` saved; members of a tie are the same array again.
 
     A member that is the transpose of the array that is stored is a transposed copy of it, as no

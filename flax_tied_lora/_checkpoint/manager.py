@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+import os
+from typing import Any, Self, TypedDict, Unpack
 
 import orbax.checkpoint as ocp
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, Params
 from flax_tied_lora._checkpoint.adapters import Restored, items_of, restore
 from flax_tied_lora._checkpoint.stored import CheckpointError, absolute, explained
+
+
+class Options(TypedDict, total=False):
+    """What `restore` takes by keyword."""
+
+    opt_state: Any
+    extra: Any
+    sharding: Any
+    check_base: bool
 
 
 class Manager:
@@ -34,7 +44,7 @@ class Manager:
 
     def __init__(
         self,
-        directory: Any,
+        directory: str | os.PathLike[str],
         *,
         max_to_keep: int | None = None,
         options: ocp.CheckpointManagerOptions | None = None,
@@ -88,7 +98,9 @@ class Manager:
         with explained(f"save: step {step} in", self.directory):
             return self._orbax.save(step, args=args, metrics=metrics, force=force)
 
-    def restore(self, params: Any, *, step: int | None = None, **kwargs: Any) -> Restored:
+    def restore(
+        self, params: Params, *, step: int | None = None, **kwargs: Unpack[Options]
+    ) -> Restored[Params]:
         """Returns the state at a step, by default the latest. Takes what `restore` takes.
 
         Raises:

@@ -114,9 +114,23 @@ class Context:
                 return False
         return True
 
-    def picks_rows(self, weight: Weight, summed: Sequence[int], operand: Var) -> bool:
-        """Returns whether a product with a weight is a lookup: over a table's rows, or one-hot."""
-        if self.provenance.is_one_hot(operand):
+    def picks_rows(
+        self, weight: Weight, summed: Sequence[int], operand: Var, contracted: Sequence[int]
+    ) -> bool:
+        """Returns whether a product with a weight is a lookup of its rows.
+
+        It is where what is summed over is one axis along which the operand is one-hot, and where
+        the weight is known to be a table and its rows are summed over: with whatever weights, so
+        that a bag of tokens, smoothed labels or attention over a table read it as a lookup does.
+
+        Args:
+          summed: axes of the weight.
+          operand: what it is multiplied with.
+          contracted: axes of the operand, in the order of ``summed``.
+        """
+        shape = operand.aval.shape
+        long = [axis for axis in contracted if shape[axis] != 1]
+        if len(long) == 1 and long[0] in self.provenance.one_hot_axes(operand):
             return True
         for origin in weight.origins:
             info = self.leaves.get(origin.leaf)
@@ -124,6 +138,11 @@ class Context:
             if info is not None and info.is_table and axes and set(axes) <= set(info.rows):
                 return True
         return False
+
+    def is_table(self, weight: Weight) -> bool:
+        """Returns whether a weight is a table, as far as is known."""
+        known = [self.leaves.get(origin.leaf) for origin in weight.origins]
+        return all(info is None or info.is_table for info in known)
 
     def varying_axes(self, operand: Var) -> tuple[int, ...]:
         """Returns the axes along which an operand may vary; it is constant along the others."""

@@ -123,9 +123,21 @@ def avals_of(operands: Sequence[Any], inner: Sequence[Var]) -> list[Any]:
     ]
 
 
-def one_hot_operands(context: Any, eqn: Any, skip: int = 0) -> frozenset[int]:
-    """Returns which operands of the inner program are one-hot."""
-    return frozenset(i for i, v in enumerate(eqn.invars[skip:]) if context.provenance.is_one_hot(v))
+def one_hot_operands(
+    context: Any, eqn: Any, skip: int = 0, walked: int | None = None
+) -> frozenset[tuple[int, int]]:
+    """Returns the operands of the inner program that are one-hot, each with an axis that it is so.
+
+    Args:
+      skip: operands of the equation before those of the inner program.
+      walked: from which operand on the inner program gets a slice along the first axis.
+    """
+    pairs = set()
+    for position, var in enumerate(eqn.invars[skip:]):
+        less = walked is not None and position >= walked
+        axes = context.provenance.one_hot_axes(var)
+        pairs |= {(position, axis - less) for axis in axes if axis >= less}
+    return frozenset(pairs)
 
 
 def run_with(
@@ -142,7 +154,7 @@ def run_with(
 
 
 def evaluate_inner(
-    context: Any, jaxpr: Any, hot: frozenset[int], operands: Sequence[Any]
+    context: Any, jaxpr: Any, hot: frozenset[tuple[int, int]], operands: Sequence[Any]
 ) -> list[Any]:
     context.provenance = Provenance(hot)
     return evaluate(context, jaxpr.jaxpr, jaxpr.consts, operands)

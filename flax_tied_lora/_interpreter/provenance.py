@@ -1,16 +1,28 @@
-"""Where the values of a jaxpr come from: whether one is one-hot, along which axes it may vary."""
+"""What a jaxpr says of its values: along which axes one is one-hot, along which it may vary.
+
+Read backwards from the value, axis by axis, through what only rearranges it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-# Operations that hand a one-hot array on as one.
-_HANDED_ON = frozenset(
-    {"convert_element_type", "broadcast_in_dim", "reshape", "transpose", "squeeze", "copy",
-     "stop_gradient", "optimization_barrier", "sharding_constraint", "gather"}
+Axes = frozenset[int]
+
+# Hand on every entry in its place.
+_IN_PLACE = frozenset(
+    {"convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard",
+     "reduce_precision", "name"}
+)  # fmt: skip
+# Make an entry of the entries in its place.
+_ENTRY_BY_ENTRY = frozenset(
+    {"add", "sub", "mul", "neg", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not",
+     "select_n", "max", "min", "rem", "clamp"}
 )  # fmt: skip
 
 
@@ -19,59 +31,147 @@ class Provenance:
     """What can be read off a jaxpr about its values.
 
     Attributes:
-      one_hot: operands of the jaxpr, by position, that are one-hot outside of it.
+      one_hot: pairs of an operand of the jaxpr, by position, and an axis that it is one-hot along
+        outside of it.
     """
 
-    one_hot: frozenset[int] = frozenset()
+    one_hot: frozenset[tuple[int, int]] = frozenset()
     _made_by: dict[Var, tuple[JaxprEqn, int]] = dataclasses.field(default_factory=dict)
     _inputs: dict[Var, int] = dataclasses.field(default_factory=dict)
 
     def enter(self, jaxpr: Jaxpr) -> None:
+        """Goes by the equations of this jaxpr from now on."""
         self._made_by = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
         self._inputs = {v: i for i, v in enumerate(jaxpr.invars)}
 
-    def is_one_hot(self, var: Any) -> bool:
-        """Returns whether an array compares indices with a range, as `jax.nn.one_hot` does."""
-        if isinstance(var, Literal):
-            return False
-        if var in self._inputs:
-            return self._inputs[var] in self.one_hot
-        if var not in self._made_by:
-            return False
-        eqn, position = self._made_by[var]
-        name = eqn.primitive.name
-        if name in _HANDED_ON:
-            return self.is_one_hot(eqn.invars[0])
-        if name == "eq":
-            return any(self._is_range(v) for v in eqn.invars)
-        if name in ("jit", "pjit"):
-            inner = Provenance(frozenset(i for i, v in enumerate(eqn.invars) if self.is_one_hot(v)))
+    def one_hot_axes(self, var: Any) -> Axes:
+        """Returns the axes along which at most one entry of an array is not zero.
+
+        Known of what compares indices with a range, as `jax.nn.one_hot` and `jnp.eye` do, and of
+        rearrangements of it. An axis that was put together of several is none of them.
+        """
+        if not isinstance(var, Literal) and var in self._inputs:
+            position = self._inputs[var]
+            return frozenset(axis for i, axis in self.one_hot if i == position)
+        eqn, position = self._maker(var)
+        if eqn is None:
+            return frozenset()
+        if eqn.primitive.name == "eq":
+            return self._counted_beside(eqn)  # two arrays agree in one entry at most
+        if eqn.primitive.name in ("jit", "pjit"):
+            pairs = ((i, a) for i, v in enumerate(eqn.invars) for a in self.one_hot_axes(v))
+            inner = Provenance(frozenset(pairs))
             jaxpr = eqn.params["jaxpr"].jaxpr
             inner.enter(jaxpr)
-            return inner.is_one_hot(jaxpr.outvars[position])
-        return False
+            return inner.one_hot_axes(jaxpr.outvars[position])
+        return _handed_on(eqn, position, self.one_hot_axes)
 
-    def _is_range(self, var: Any) -> bool:
-        if isinstance(var, Literal) or var not in self._made_by:
-            return False
-        eqn, _ = self._made_by[var]
+    def _counted_axes(self, var: Any) -> Axes:
+        """Returns the axes along which no two entries of an array of integers are the same."""
+        eqn, position = self._maker(var)
+        if eqn is None:
+            return frozenset()
         if eqn.primitive.name == "iota":
-            return True
-        return eqn.primitive.name in _HANDED_ON and self._is_range(eqn.invars[0])
+            return frozenset({eqn.params["dimension"]})
+        if eqn.primitive.name in ("add", "sub"):
+            return self._counted_beside(eqn)
+        return _handed_on(eqn, position, self._counted_axes)
+
+    def _counted_beside(self, eqn: JaxprEqn) -> Axes:
+        """Returns the axes along which one operand counts and the other is constant."""
+        first, second = eqn.invars
+        return frozenset(
+            axis
+            for counted, other in ((first, second), (second, first))
+            for axis in self._counted_axes(counted) - set(self.varying_axes(other))
+        )
 
     def varying_axes(self, var: Any) -> tuple[int, ...]:
         """Returns the axes along which an array may vary; it is constant along the others."""
-        shape = getattr(var.aval, "shape", ())
+        shape = _shape(var)
         every = tuple(i for i, n in enumerate(shape) if n != 1)
-        if isinstance(var, Literal) or var not in self._made_by:
+        eqn, _ = self._maker(var)
+        if eqn is None:
             return every
-        eqn, _ = self._made_by[var]
-        if eqn.primitive.name == "broadcast_in_dim":
-            inner = self.varying_axes(eqn.invars[0])
-            before = getattr(eqn.invars[0].aval, "shape", ())
-            after = eqn.params["shape"]
+        name = eqn.primitive.name
+        if name == "iota":
+            return tuple(i for i in every if i == eqn.params["dimension"])
+        if name == "broadcast_in_dim":
+            inner, before = self.varying_axes(eqn.invars[0]), _shape(eqn.invars[0])
             dims = eqn.params["broadcast_dimensions"]
-            return tuple(d for i, d in enumerate(dims) if i in inner and before[i] == after[d])
-        if eqn.primitive.name in ("convert_element_type", "copy", "stop_gradient"):
-            return self.varying_axes(eqn.invars[0])
+            return tuple(d for i, d in enumerate(dims) if i in inner and before[i] == shape[d])
+        if name in _IN_PLACE or name in _ENTRY_BY_ENTRY:
+            whole = [v for v in eqn.invars if _shape(v) == shape]  # a scalar varies along no axis
+            return tuple(i for i in every if any(i in self.varying_axes(v) for v in whole))
         return every
+
+    def _maker(self, var: Any) -> tuple[JaxprEqn | None, int]:
+        """Returns the equation that made a value, if one did, and which of its outputs it is."""
+        return (None, 0) if isinstance(var, Literal) else self._made_by.get(var, (None, 0))
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return tuple(getattr(var.aval, "shape", ()))
+
+
+def _handed_on(eqn: JaxprEqn, position: int, known: Callable[[Any], Axes]) -> Axes:
+    """Returns the axes of a result that are axes of an operand of which something is known."""
+    name = eqn.primitive.name
+    if name == "optimization_barrier":
+        return known(eqn.invars[position])
+    if name in _IN_PLACE:
+        return known(eqn.invars[0])
+    if name in _MOVED:
+        moved = _MOVED[name](eqn)
+        return frozenset(moved[axis] for axis in known(eqn.invars[0]) if axis in moved)
+    return frozenset()
+
+
+def _transposed(eqn: JaxprEqn) -> dict[int, int]:
+    return {axis: i for i, axis in enumerate(eqn.params["permutation"])}
+
+
+def _squeezed(eqn: JaxprEqn) -> dict[int, int]:
+    kept = [i for i in range(len(_shape(eqn.invars[0]))) if i not in eqn.params["dimensions"]]
+    return {axis: i for i, axis in enumerate(kept)}
+
+
+def _broadcast(eqn: JaxprEqn) -> dict[int, int]:
+    before, after = _shape(eqn.invars[0]), eqn.params["shape"]
+    dims = eqn.params["broadcast_dimensions"]
+    return {axis: d for axis, d in enumerate(dims) if before[axis] == after[d]}
+
+
+def _reshaped(eqn: JaxprEqn) -> dict[int, int]:
+    """Follows the axes that are neither put together with others nor taken apart."""
+    before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    if eqn.params.get("dimensions") is not None or 0 in before:
+        return {}
+    places = {(math.prod(after[:i]), n): i for i, n in enumerate(after) if n != 1}
+    starts = ((math.prod(before[:axis]), n) for axis, n in enumerate(before))
+    return {axis: places[start] for axis, start in enumerate(starts) if start in places}
+
+
+def _cut(eqn: JaxprEqn) -> dict[int, int]:
+    return {axis: axis for axis in range(len(_shape(eqn.invars[0])))}
+
+
+def _gathered(eqn: JaxprEqn) -> dict[int, int]:
+    """Follows the axes that a gather takes whole or a window of."""
+    dims = eqn.params["dimension_numbers"]
+    gone = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
+    kept = [i for i in range(len(_shape(eqn.invars[0]))) if i not in gone]
+    return dict(zip(kept, dims.offset_dims, strict=True))
+
+
+# By name: how an operation that only rearranges moves each axis of its first operand.
+_MOVED: dict[str, Callable[[JaxprEqn], dict[int, int]]] = {
+    "transpose": _transposed,
+    "squeeze": _squeezed,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshaped,
+    "slice": _cut,
+    "dynamic_slice": _cut,
+    "rev": _cut,
+    "gather": _gathered,
+}

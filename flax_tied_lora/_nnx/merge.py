@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from flax import nnx
+from jax.typing import DTypeLike
 
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._nnx.checks import check_adapted_module, check_module
@@ -14,10 +15,13 @@ from flax_tied_lora._nnx.module import AdaptedModule, as_adapted
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs import merge as _merge
 from flax_tied_lora._verbs import quantize as _quantize
+from flax_tied_lora._verbs.quantize import QType
+
+_Module = TypeVar("_Module", bound=nnx.Module)
 
 
 def merge(
-    module: AdaptedModule, *, dtype: Any = None, untie: Mapping[str, str] | None = None
+    module: AdaptedModule, *, dtype: DTypeLike | None = None, untie: Mapping[str, str] | None = None
 ) -> Any:
     """Returns the plain module with each delta added to its weight once, and the ties intact.
 
@@ -52,9 +56,9 @@ def base(module: AdaptedModule) -> Any:
 
 
 def quantize(
-    module: Any, qtype: str = "int8", *, block_size: int = 64,
+    module: _Module, qtype: QType = "int8", *, block_size: int = 64,
     exclude_modules: str | Collection[str] | None = None, sites: CallSites | None = None,
-) -> Any:  # fmt: skip
+) -> _Module:  # fmt: skip
     """Returns a module whose matrices are stored quantised, to be wrapped; or an adapted one's.
 
     Quantised are `nnx.Param` Variables; adapters and all other state stay as they are. A module

@@ -16,6 +16,7 @@ from flax_tied_lora._nnx.leaves import aliases_of, check_aliases, params_of, set
 from flax_tied_lora._nnx.making import boxed, with_aliases
 from flax_tied_lora._nnx.module import AdaptedModule, LoRADropout, Scaling, Slot, as_adapted
 from flax_tied_lora._planning.axes import SITES_LINE
+from flax_tied_lora._ties.find import Ties
 from flax_tied_lora._tree.keys import key_number, typed_key
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs.wrap import wrap_as
@@ -26,8 +27,8 @@ def wrap(
     config: LoraConfig,
     *,
     sites: CallSites | None = None,
-    ties: Any = "auto",
-    rng: Any = None,
+    ties: Ties = "auto",
+    rng: jax.Array | nnx.Rngs | nnx.RngStream | None = None,
 ) -> AdaptedModule:
     """Returns a module with LoRA factors for every tie group that the config targets.
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION
 from flax_tied_lora._config.config import LoraConfig
-from flax_tied_lora._interpreter.sites import CallSites
-from flax_tied_lora._planning.axes import SITES_LINE
+from flax_tied_lora._interpreter.sites import CallSite, CallSites
+from flax_tied_lora._planning.axes import SITES_LINE, in_canonical_layout, read_as_table
 from flax_tied_lora._planning.matches import Hit, Hits, adaptable, excluded
 from flax_tied_lora._ties.sources import TieGroup
 from flax_tied_lora._tree.paths import module_of
@@ -29,10 +29,11 @@ def all_linear(
             f"data, a fact of the traced model: {SITES_LINE}; wrap(params, config, sites=sites)"
         )
     by_leaf = {path: group for group in groups for path in group.paths}
-    kinds: dict[str, set[str]] = {}
+    by_key: dict[str, list[CallSite]] = {}
     for site in sites:
         if site.leaf in by_leaf:
-            kinds.setdefault(by_leaf[site.leaf].key, set()).add(site.role)
+            by_key.setdefault(by_leaf[site.leaf].key, []).append(site)
+    kinds = {g.key: _roles(g, by_key[g.key]) for g in groups if g.key in by_key}
     # Where a table is read both ways, it is the output projection, and no other leaf is.
     tied = any({LOOKUP, PROJECTION} <= roles for roles in kinds.values())
     output = None if tied else _output_projection(leaves, by_leaf, sites)
@@ -54,6 +55,15 @@ def all_linear(
             f"the {len(sites)} call sites given; are they of this model?"
         )
     return hits
+
+
+def _roles(group: TieGroup, sites: Sequence[CallSite]) -> set[str]:
+    """Returns the roles that a group is read in; a kernel fed one-hot data is multiplied."""
+    roles = {s.role for s in sites}
+    used = in_canonical_layout(group, sites)
+    if LOOKUP in roles and not read_as_table(group, used):
+        roles = (roles - {LOOKUP}) | {PROJECTION}
+    return roles
 
 
 def _output_projection(

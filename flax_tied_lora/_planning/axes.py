@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER
@@ -44,11 +44,10 @@ def axes_of(
         disagree; the config names axes that there are not, or that the sites use otherwise.
     """
     ndim = len(leaf.shape)
-    flips = {m.path: m.transposed for m in group.members}
     every = (sites or CallSites()).of(*group.paths)
-    used = [_turned(s) if flips[s.leaf] else s for s in every if s.role != OTHER]
+    used = in_canonical_layout(group, every)
     lookups = [s for s in used if s.role == LOOKUP]
-    table = bool(lookups) if used else is_table(group.key)
+    table = read_as_table(group, used) if used else is_table(group.key)
     sides = _said(group, leaf, said or {})
     if sides is not None:
         _check_said(group.key, leaf, sides, used)
@@ -64,6 +63,31 @@ def axes_of(
     rows, cols = (tuple(sorted(side)) for side in sides)
     batch = tuple(i for i in range(ndim) if i not in (*rows, *cols))
     return Axes(rows, cols, batch, table)
+
+
+def in_canonical_layout(group: TieGroup, sites: Iterable[CallSite]) -> list[CallSite]:
+    """Returns the lookups and projections of a group, their axes those of its canonical leaf."""
+    flips = {m.path: m.transposed for m in group.members}
+    used = [s for s in sites if s.leaf in flips and s.role != OTHER]
+    return [_turned(s) if flips[s.leaf] else s for s in used]
+
+
+def read_as_table(group: TieGroup, sites: Iterable[CallSite]) -> bool:
+    """Returns whether call sites read a group as a table: rows are picked from it.
+
+    A product with one-hot data picks rows, too, but the kernel of a Dense that is fed one-hot
+    features is a kernel all the same, unless something multiplies with its transpose as well.
+
+    Args:
+      sites: of the group, in the canonical leaf's layout.
+    """
+    sites = list(sites)
+    lookups = [s for s in sites if s.role == LOOKUP]
+    if any(s.operation != "dot_general" for s in lookups):
+        return True
+    kernel = all(leaf_name(path) == "kernel" for path in group.paths)
+    both_ways = any(set(s.rows) & set(pick.cols) for pick in lookups for s in sites)
+    return bool(lookups) and (both_ways or not kernel)
 
 
 def _turned(site: CallSite) -> CallSite:

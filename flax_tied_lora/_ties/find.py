@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 
@@ -27,8 +27,24 @@ from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._tree.quantized_array import array_of
 
 
+class TiedConfig(Protocol):
+    """A model's config that says whether embedding and output projection are tied."""
+
+    @property
+    def tie_word_embeddings(self) -> Any: ...
+
+
+# What `find_ties` takes for what is tied.
+Ties = (
+    Literal["auto"]
+    | Sequence[tuple[str, ...] | list[str] | TieGroup]
+    | Mapping[str, Any]
+    | TiedConfig
+)
+
+
 def find_ties(
-    params: Any, ties: Any = "auto", *, sites: CallSites | None = None, equal_values: bool = False
+    params: Any, ties: Ties = "auto", *, sites: CallSites | None = None, equal_values: bool = False
 ) -> list[TieGroup]:
     """Returns the tie groups of a params pytree.
 

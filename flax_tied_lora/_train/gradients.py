@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, Adapters
 from flax_tied_lora._tree.boxes import in_place
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], *, has_aux: bool = False
-) -> Callable[..., tuple[Any, Any]]:
+    loss_fn: Callable[Concatenate[Adapted, _P], _R], *, has_aux: bool = False
+) -> Callable[Concatenate[Adapted, _P], tuple[_R, Adapters]]:
     """Returns a function that gives a loss and its gradient with respect to the adapters.
 
     Like `jax.value_and_grad`, but only ``adapted.adapters`` is differentiated: the frozen params
@@ -46,7 +49,7 @@ def value_and_grad(
       adapted = adapted.replace(adapters=optax.apply_updates(adapted.adapters, updates))
     """
 
-    def run(adapted: Adapted, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def run(adapted: Adapted, *args: _P.args, **kwargs: _P.kwargs) -> tuple[_R, Adapters]:
         if not isinstance(adapted, Adapted):
             raise TypeError(
                 f"value_and_grad: the first argument is a {type(adapted).__name__}; expected an "

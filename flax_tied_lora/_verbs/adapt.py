@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import jax
 
@@ -29,6 +29,17 @@ class UnreadTargetWarning(UserWarning):
     __module__ = "flax_tied_lora"
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+# What the first argument is of no longer says what may stand there; all else stays as it is.
+@overload
+def adapt(
+    fn: Callable[Concatenate[Any, _P], _R], *, on_dense: OnDense = "warn"
+) -> Callable[Concatenate[Any, _P], _R]: ...
+@overload
+def adapt(fn: Callable[_P, _R], *, on_dense: OnDense = "warn") -> Callable[_P, _R]: ...
 def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[..., Any]:
     """Returns a function like ``fn`` that takes an `Adapted` wherever ``fn`` took params.
 
@@ -36,7 +47,8 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
     weights ever being made: ``fn`` is traced with plain params, and its program is evaluated with
     each adapted weight as its parts. Only the adapted weights are traced. All other arguments reach
     ``fn`` as they are, and results that are no arrays come back as they are. Inside `jax.jit`
-    this costs tracing only.
+    this costs tracing only. For a type checker the result has the signature of ``fn``, in which the
+    first argument may be anything.
 
     Args:
       fn: any function of params: a model's ``apply``, a loss, a training step.

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, Params
 from flax_tied_lora._adapters.merge import check_adapted, plain, untied_leaves
 from flax_tied_lora._adapters.terms import shapes_of, weights_of
 from flax_tied_lora._tree.paths import flatten
 
 
-def base(adapted: Adapted) -> Any:
+def base(adapted: Adapted[Params]) -> Params:
     """Returns the unadapted params, for example for a reference model.
 
     Nothing is copied but the transposed members of tie groups, which outside `jax.jit` are
@@ -34,7 +35,12 @@ def base(adapted: Adapted) -> Any:
     return plain(adapted, {})
 
 
-def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | None = None) -> Any:
+def merge(
+    adapted: Adapted[Params],
+    *,
+    dtype: DTypeLike | None = None,
+    untie: Mapping[str, str] | None = None,
+) -> Params:
     """Returns plain params with each delta added to its weight once, and the ties intact.
 
     Members that are stored as the canonical leaf are the same array again.

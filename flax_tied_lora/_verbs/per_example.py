@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,11 @@ from flax_tied_lora._interpreter.tracing import filling
 from flax_tied_lora._tree.paths import describe, path_name
 from flax_tied_lora._verbs.adapt import is_opaque
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-def per_example(fn: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> Callable[..., Any]:
+
+def per_example(fn: Callable[_P, _R], in_axes: Any = 0, out_axes: Any = 0) -> Callable[_P, _R]:
     """Returns ``fn`` mapped over a batch whose examples have selected adapters each.
 
     The result takes the arguments of ``fn``, with what `select` returned for [examples] slots where
@@ -44,6 +47,7 @@ def per_example(fn: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> 
       run = jax.jit(tied_lora.per_example(tied_lora.adapt(model.apply)))
       logits = run({"params": tied_lora.select(stacked, [0, 2, 1])}, tokens)  # tokens [3, length]
     """
+    whole: Callable[..., Any] = fn
 
     @functools.wraps(fn, updated=())
     def mapped_fn(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +73,7 @@ def per_example(fn: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> 
                 for i, x in zip(places, mapped, strict=True)
             ]
             args, kwargs = fill(own)
-            return results.of_example(fn(*args, **kwargs), number)
+            return results.of_example(whole(*args, **kwargs), number)
 
         mapped = [values[i].slot if _is_selected(values[i]) else values[i] for i in places]
         mapped_axes = [0 if axes[i] is None else axes[i] for i in places]

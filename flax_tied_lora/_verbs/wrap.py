@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_tied_lora._adapters.adapted import Adapted, is_adapted
+from flax_tied_lora._adapters.adapted import Adapted, Params, is_adapted
 from flax_tied_lora._adapters.init_from_weight import start_from_weights
 from flax_tied_lora._adapters.make import DTYPE, make_adapters
 from flax_tied_lora._config.config import LoraConfig
@@ -18,7 +18,7 @@ from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._planning.build import Named, plan_of
 from flax_tied_lora._planning.plan import LORA, Plan
 from flax_tied_lora._planning.tying import says_untied
-from flax_tied_lora._ties.find import TieGroup, all_groups, ties_among
+from flax_tied_lora._ties.find import TieGroup, Ties, all_groups, ties_among
 from flax_tied_lora._tree.boxes import boxes_of
 from flax_tied_lora._tree.keys import typed_key
 from flax_tied_lora._tree.paths import TiedLeaf, describe, flatten, refuse_markers
@@ -26,13 +26,13 @@ from flax_tied_lora._tree.quantized_array import array_of
 
 
 def wrap(
-    params: Any,
+    params: Params,
     config: LoraConfig,
     *,
     sites: CallSites | None = None,
-    ties: Any = "auto",
+    ties: Ties = "auto",
     rng: jax.Array | None = None,
-) -> Adapted:
+) -> Adapted[Params]:
     """Returns params with LoRA factors for every tie group that the config targets.
 
     Follows ``peft.get_peft_model``; the params are left as they are, and nothing is added to them:
@@ -83,9 +83,9 @@ def _collector_paused() -> Iterator[None]:
 
 @_collector_paused()
 def wrap_as(
-    config: LoraConfig, params: Any, named: Named | None, *, sites: CallSites | None,
-    ties: Any, rng: jax.Array | None = None,
-) -> Adapted:  # fmt: skip
+    config: LoraConfig, params: Params, named: Named | None, *, sites: CallSites | None,
+    ties: Ties, rng: jax.Array | None = None,
+) -> Adapted[Params]:  # fmt: skip
     """Returns what `wrap` does; what is adapted may be known, in place of what the config names."""
     leaves, treedef = _checked(params, config, sites)
     rng = jax.random.key(0) if rng is None else typed_key("wrap", rng)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
 
 import numpy as np
 import pytest
 
+from flax_tied_lora._config.as_dict import NOT_CARRIED_OUT
 from flax_tied_lora._config.axes_and_parts import OWN_FIELDS
-from flax_tied_lora._config.config import _NOT_YET, LoraConfig
+from flax_tied_lora._config.config import LoraConfig
 from tests.helpers.peft_fields import DEFAULTS, PEFT_FIELDS
 
 # Every field of PEFT's that is carried out, with a value of its own.
@@ -67,16 +69,16 @@ REFUSED = {
 }
 
 
-def test_has_every_field_of_peft_and_two_of_its_own():
+def test_has_every_field_of_peft_that_is_carried_out_and_two_of_its_own():
     ours = {f.name for f in dataclasses.fields(LoraConfig)}
-    assert ours == {*PEFT_FIELDS, *OWN_FIELDS}
+    assert ours == {*PEFT_FIELDS, *OWN_FIELDS} - set(NOT_CARRIED_OUT)
     assert not set(PEFT_FIELDS) & set(OWN_FIELDS)
 
 
 def test_each_field_of_peft_is_carried_out_or_refused():
     assert set(CARRIED) | set(REFUSED) == set(PEFT_FIELDS)
     assert set(CARRIED) & set(REFUSED) == {"init_lora_weights"}  # by its value
-    assert set(REFUSED) == set(_NOT_YET)
+    assert set(REFUSED) - {"init_lora_weights"} == set(NOT_CARRIED_OUT)
 
 
 def test_defaults_are_those_of_peft():
@@ -98,7 +100,23 @@ def test_carried_out_field_keeps_its_value(field):
 @pytest.mark.parametrize("field", REFUSED)
 def test_refused_field_is_named(field):
     with pytest.raises(NotImplementedError, match=rf"LoraConfig: {field}=.*the default"):
-        LoraConfig(**{field: REFUSED[field]})
+        LoraConfig.from_dict({field: REFUSED[field]})
+
+
+@pytest.mark.parametrize("field", sorted(NOT_CARRIED_OUT))
+def test_what_only_peft_has_is_no_parameter(field):
+    assert field not in inspect.signature(LoraConfig).parameters
+    with pytest.raises(TypeError, match=f"unknown field '{field}'; PEFT has it, and this version"):
+        LoraConfig(**{field: NOT_CARRIED_OUT[field]})
+
+
+def test_signature_shows_each_field_with_its_default():
+    parameters = inspect.signature(LoraConfig).parameters
+    assert {name: p.default for name, p in parameters.items()} == {
+        f.name: f.default for f in dataclasses.fields(LoraConfig)
+    }
+    assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    assert parameters["bias"].annotation == "Bias"
 
 
 VALUES = [
@@ -160,7 +178,8 @@ def test_no_target_modules_are_needed_where_something_else_is_trained(fields):
 @pytest.mark.parametrize("field", sorted(set(REFUSED) - {"init_lora_weights"}))
 def test_refused_field_may_have_its_default_or_none(field):
     default = LoraConfig().to_dict().get(field)
-    assert LoraConfig(**{field: default}) == LoraConfig(**{field: None}) == LoraConfig()
+    for value in (default, None):
+        assert LoraConfig.from_dict({field: value}) == LoraConfig()
 
 
 def test_is_frozen():

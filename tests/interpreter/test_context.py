@@ -47,14 +47,15 @@ def test_which_products_are_lookups():
     data, one_hot = jaxpr.outvars
     provenance = Provenance()
     provenance.enter(jaxpr)
-    for info, axis, operand, picks in (
-        (TABLE, 1, data, False),
-        (TABLE, 0, data, True),
-        (KERNEL, 0, data, False),
-        (KERNEL, 0, one_hot, True),
+    for info, axis, operand, over, picks in (
+        (TABLE, 1, data, 1, False),
+        (TABLE, 0, data, 1, True),
+        (KERNEL, 0, data, 1, False),
+        (KERNEL, 0, one_hot, 1, True),
+        (KERNEL, 0, one_hot, 0, False),
     ):
         context = Context(leaves={LEAF: info}, provenance=provenance)
-        assert context.picks_rows(WEIGHT, [axis], operand) is picks
+        assert context.picks_rows(WEIGHT, [axis], operand, [over]) is picks
 
 
 def test_a_function_of_weights_and_arrays():

@@ -47,6 +47,7 @@ def imports(module: str) -> list[tuple[ast.stmt, str, str]]:
     return found
 
 
+@functools.cache
 def outside(module: str) -> set[str]:
     """Returns what a module imports from elsewhere, as dotted paths."""
     found = set()
@@ -62,6 +63,7 @@ def folder(module: str) -> str:
     return module.split(".")[0]
 
 
+@functools.cache
 def reached(module: str) -> set[str]:
     """Returns all modules that importing one imports, by itself or through others."""
     seen, left = set(), [module]

@@ -16,6 +16,7 @@ OTHERS = {
     "helpers": "models, adapters and comparisons that tests share",
     "libraries": "models of tunix and gemma",
     "models": "transformers' Flax models",
+    "types": "a user's programs, for a type checker",
     "whole": "the package as one: random programs, compiled programs, meshes, docs, architecture",
 }
 # Files that are about several modules of their folder.

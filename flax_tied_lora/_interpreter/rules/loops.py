@@ -32,10 +32,13 @@ from flax_tied_lora._tree.keys import is_key
 
 @rule("scan")
 def scan(context, eqn, *operands):
-    p, inner, hot = eqn.params, eqn.params["jaxpr"], one_hot_operands(context, eqn)
+    p, inner = eqn.params, eqn.params["jaxpr"]
     if p["length"] == 0:
         return NotImplemented  # there is no slice to look at
     consts, init, xs = _scan_parts(eqn, operands)
+    first, last = len(consts), len(consts) + len(init)
+    hot = one_hot_operands(context, eqn, walked=last)
+    hot = frozenset(pair for pair in hot if not first <= pair[0] < last)  # a carry may change
     stacks = [_Stack.of(x, p["length"]) if isinstance(x, Weight) else x for x in xs]
     walked = [s.walked if isinstance(s, _Stack) else s for s in stacks]
     reads: list[Any] = []
@@ -101,12 +104,12 @@ def while_(context, eqn, *operands):
             return within, state, outs
 
         def test(carry: Any) -> Any:
-            warm = frozenset(i for i in hot if i < first)
+            warm = frozenset((i, axis) for i, axis in hot if i < first)
             within, _, outs = run(p["cond_jaxpr"], test_consts, warm, test_reads, carry)
             return handed_back(within, outs)[0]
 
         def body(carry: Any) -> Any:
-            warm = frozenset(i - first for i in hot if first <= i < last)
+            warm = frozenset((i - first, axis) for i, axis in hot if first <= i < last)
             within, state, outs = run(p["body_jaxpr"], consts, warm, reads, carry)
             changed[:] = _changed(init, state, outs)
             index = None if carry[0] is None else carry[0] + 1

@@ -132,7 +132,7 @@ def dot_general(context, eqn, lhs, rhs):
     rest = [n for n in names if isinstance(n, str)]
     order = (*batch, *free, *rest) if first else (*batch, *rest, *free)
 
-    role = LOOKUP if context.picks_rows(weight, summed, var) else PROJECTION
+    role = LOOKUP if context.picks_rows(weight, summed, var, contracting[other]) else PROJECTION
     scale = weight.scale
     scaled = set() if scale is None else set(scale.axes)
     if not (scaled <= {*summed, *batch} or scaled <= {*free, *batch}):
@@ -191,7 +191,7 @@ def dot_general(context, eqn, lhs, rhs):
             precision=params["precision"], out_sharding=explicit(eqn.outvars[0].aval),
         )  # fmt: skip
 
-    if role == LOOKUP:
+    if role == LOOKUP and context.is_table(weight):
         for term in terms:
             # The transpose of a projection reads as a lookup: rows are summed over.
             _refuse_differentiated(context, term)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, Params
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._names.mapping import Names
@@ -22,7 +23,7 @@ from flax_tied_lora._peft.adapter.save import all_slots
 from flax_tied_lora._peft.adapter.slots import PREFIX, Slot, modules_of
 from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS
-from flax_tied_lora._ties.find import ties_among
+from flax_tied_lora._ties.find import Ties, ties_among
 from flax_tied_lora._tree.boxes import in_place
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs.wrap import wrap_as
@@ -32,10 +33,10 @@ BaseEmbeddings = Literal["check", "load", "ignore"]
 
 
 def load_adapter(
-    directory: Any, params: Any, names: Names, *, sites: CallSites | None = None,
-    ties: Any = "auto", tied_copies: TiedCopies = "same",
+    directory: str | os.PathLike[str], params: Params, names: Names, *,
+    sites: CallSites | None = None, ties: Ties = "auto", tied_copies: TiedCopies = "same",
     base_embeddings: BaseEmbeddings = "check",
-) -> Adapted:  # fmt: skip
+) -> Adapted[Params]:  # fmt: skip
     """Returns params with the adapter that PEFT's ``save_pretrained`` or `save_adapter` wrote.
 
     What is adapted follows from the tensors in the file; ranks, scalings and all else from its

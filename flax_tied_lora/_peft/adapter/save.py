@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._adapters.merge import check_adapted
@@ -28,8 +30,9 @@ from flax_tied_lora._tree.processes import gathered
 
 
 def save_adapter(
-    directory: Any, adapted: Adapted, names: Names, *, base_model_name_or_path: str | None = None,
-    dtype: Any = None, overwrite: bool = False, save_embedding_layers: bool | str = "auto",
+    directory: str | os.PathLike[str], adapted: Adapted, names: Names, *,
+    base_model_name_or_path: str | None = None, dtype: DTypeLike | None = None,
+    overwrite: bool = False, save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> None:  # fmt: skip
     """Writes adapters as PEFT's ``save_pretrained`` does: config and safetensors, no base.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._names.mapping import Names
@@ -44,7 +45,7 @@ def save_merged(
     names: Names,
     config: Any,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     untie: Mapping[str, str] | None = None,
     max_shard_size: int | str | None = "5GB",
     overwrite: bool = False,
