@@ -12,10 +12,22 @@ WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-libraries test-slow test-gpu test-tpu lint format bench bench-long clean
+.PHONY: demo quick test test-libraries test-slow test-gpu test-tpu lint format bench bench-long clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_smollm2.py $(DEMO_ARGS)
+
+# What is pure Python or compiles little, the rules, and a few of the oracle's programs: a minute on
+# two idle cores, without torch, peft and transformers.
+QUICK := tree config names ties planning interpreter algebra/test_factor.py \
+	algebra/test_site_filter.py algebra/test_weight_terms.py verbs/test_explain.py \
+	verbs/test_trace.py verbs/test_wrap.py peft/files/test_strict_json.py vocabulary/test_leaves.py \
+	whole/test_architecture.py whole/test_mirror.py whole/test_oracle.py
+LONGER := planning/test_axes_shapes.py planning/test_fused.py planning/test_tying.py
+
+quick: $(VENV)/.quick
+	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest $(SPREAD) $(addprefix tests/,$(QUICK)) \
+		$(addprefix --ignore=tests/,$(LONGER)) $(PYTEST_ARGS)
 
 test: $(VENV)/.test $(VENV)/.libraries
 	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -137,3 +139,16 @@ def test_rule_for_something_else():
         TypeError, match=r"register_rule: expected a jax\.extend\.core\.Primitive.* int"
     ):
         tied_lora.register_rule(3, lambda *args: NotImplemented)
+
+
+def test_a_custom_function_that_closes_over_something_gets_no_rule():
+    def make(scale: float) -> Any:
+        @jax.custom_vjp
+        def scaled(x: jax.Array) -> jax.Array:
+            return scale * x
+
+        scaled.defvjp(lambda x: (scale * x, None), lambda _, g: (scale * g,))
+        return scaled
+
+    with pytest.raises(ValueError, match="'scaled' closes over scale; functions that differ"):
+        tied_lora.register_rule(make(2.0), lambda *_: NotImplemented)

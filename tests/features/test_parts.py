@@ -1,12 +1,9 @@
-"""Parts, slots, grown vocabularies, quantised bases, NNX modules and model objects, combined."""
+"""Adapters of parts of a fused leaf: stacked, scaled, combined, boxed, grown."""
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,32 +11,9 @@ from flax import nnx
 import flax_tied_lora as tied_lora
 import flax_tied_lora.nnx
 from flax_tied_lora import arithmetic, train
-from tests.helpers.nnx_models import TOKENS, VOCAB, SharedVariable
-from tests.helpers.nnx_models import wrapped as wrapped_module
-from tests.helpers.oracle import array
+from tests.helpers.fused_model import PARAMS, X, fn, parts, plain, run
+from tests.helpers.nnx_models import SharedVariable
 from tests.helpers.small_models import wrapped
-
-PARAMS = {
-    "embed_tokens": {"embedding": array(32, 16, seed=1)},
-    "qkv": {"kernel": array(16, 48, seed=2)},
-}
-QKV = {"qkv": (-1, {"q": 24, "k": 16, "v": 8})}
-X = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
-
-
-def fn(params, tokens):
-    table = params["embed_tokens"]["embedding"]
-    x = table[tokens]
-    q, k, v = jnp.split(x @ params["qkv"]["kernel"], [24, 40], axis=-1)
-    return (x + jnp.tanh(q[..., :16]) * k + jnp.tile(v, 2)) @ table.T
-
-
-run = jax.jit(tied_lora.adapt(fn, on_dense="error"))
-plain = jax.jit(fn)
-
-
-def parts(*targets, **fields):
-    return wrapped(PARAMS, list(targets), **{"parts": QKV, **fields})
 
 
 def test_parts_of_other_spans_are_no_parts_of_one_stack():
@@ -127,97 +101,4 @@ def test_what_does_not_grow_says_what_does():
         with pytest.raises(ValueError, match="'embed_tokens/embedding' is stored quantised"):
             tied_lora.grow_vocabulary(params, 40)
     with pytest.raises(TypeError, match="SharedVariable; grow its state"):
-        tied_lora.grow_vocabulary(module(), 20)
-
-
-@functools.cache
-def module():
-    return SharedVariable(nnx.Rngs(0))
-
-
-@functools.cache
-def two_modules():
-    one = wrapped_module(module(), ["lm_head", "up"], seed=1)
-    cut = {"up": (-1, {"a": 5, "b": 3})}
-    return one, wrapped_module(module(), ["up:b"], seed=2, parts=cut)
-
-
-def test_a_module_is_served_by_a_slot_and_switched_without_tracing_again():
-    stacked = tied_lora.stack([tied_lora.nnx.adapted(m) for m in two_modules()])
-    served = tied_lora.nnx.from_adapted(module(), tied_lora.select(stacked, 0))
-    traces = []
-
-    @nnx.jit
-    def forward(served, tokens):
-        traces.append(1)
-        return served(tokens)
-
-    for slot, expected in (*enumerate(two_modules()), (-1, module())):
-        served.lora_slot.set_value(jnp.asarray(slot, jnp.int32))
-        np.testing.assert_allclose(forward(served, TOKENS), expected(TOKENS), atol=1e-4)
-    assert len(traces) == 1
-    merged = tied_lora.nnx.merge(served)  # of no slot
-    np.testing.assert_array_equal(merged.up.kernel[...], module().up.kernel[...])
-    tied_lora.nnx.explain(served, TOKENS).assert_tied()
-
-
-def test_a_module_with_an_adapter_for_each_example():
-    stacked = tied_lora.stack([tied_lora.nnx.adapted(m) for m in two_modules()])
-
-    @jax.jit
-    @tied_lora.per_example
-    def forward(adapted, tokens):
-        return tied_lora.nnx.from_adapted(module(), adapted)(tokens)
-
-    found = forward(tied_lora.select(stacked, [1, 0]), TOKENS)
-    one, other = two_modules()
-    np.testing.assert_allclose(found[:1], other(TOKENS[:1]), atol=1e-4)
-    np.testing.assert_allclose(found[1:], one(TOKENS[1:]), atol=1e-4)
-
-
-def test_an_adapted_module_grows():
-    one, _ = two_modules()
-    grown, vocabulary = tied_lora.grow_vocabulary(tied_lora.nnx.adapted(one), 15)
-    assert dict(vocabulary.axes) == {"embed_tokens/embedding": 0, "lm_head/embedding": 0}
-    larger = SharedVariable(nnx.Rngs(0))
-    for each in (larger.embed_tokens, larger.lm_head):
-        each.embedding.set_value(jnp.zeros((15, 8)))
-    larger = tied_lora.nnx.from_adapted(larger, grown)
-    np.testing.assert_allclose(larger(TOKENS)[..., :VOCAB], one(TOKENS), atol=1e-5)
-
-
-class Scorer:
-    """A model object, as transformers' Flax models are, with params of its own."""
-
-    def __init__(self):
-        self.params = PARAMS
-
-    def __call__(self, tokens, params=None):
-        return fn(self.params if params is None else params, tokens)
-
-
-def test_a_model_object_with_slots():
-    adapters = [parts("qkv:q", "embed_tokens"), parts("qkv:v", seed=3)]
-    stacked = tied_lora.stack(adapters)
-    model = tied_lora.AdaptedModel(Scorer(), tied_lora.select(stacked, 0))
-    for slot, adapted in enumerate(adapters):
-        expected = plain(tied_lora.merge(adapted), X)
-        found = model.replace(tied_lora.select(stacked, slot))(X)
-        np.testing.assert_allclose(found, expected, atol=1e-4)
-    (compiled,) = model._compiled.values()
-    assert compiled._cache_size() == 1
-    each = model.replace(tied_lora.select(stacked, [1, 0]))
-    found = jax.jit(tied_lora.per_example(lambda model, tokens: model(tokens)))(each, X)
-    np.testing.assert_allclose(found[0], plain(tied_lora.merge(adapters[1]), X)[0], atol=1e-4)
-    np.testing.assert_allclose(found[1], plain(tied_lora.merge(adapters[0]), X)[1], atol=1e-4)
-
-
-def test_a_model_object_with_separate_adapters_is_merged_untied():
-    sites = tied_lora.trace(fn, PARAMS, X)
-    with pytest.warns(tied_lora.WeightTyingWarning):
-        adapted = wrapped(
-            PARAMS, ["embed_tokens", "lm_head"], sites=sites, ensure_weight_tying=False
-        )
-    untie = {"lm_head": "lm_head/kernel"}
-    found = tied_lora.AdaptedModel(Scorer(), adapted).merge(untie=untie)
-    jax.tree.map(np.testing.assert_array_equal, found, tied_lora.merge(adapted, untie=untie))
+        tied_lora.grow_vocabulary(SharedVariable(nnx.Rngs(0)), 20)

@@ -1,8 +1,6 @@
-"""What whole models of a user's own showed: methods that call methods, names by their end."""
+"""An adapter of one scope of a tied table, in a model whose methods call one another."""
 
 from __future__ import annotations
-
-import gc
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,8 +8,7 @@ import numpy as np
 import pytest
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora import SiteFilter
-from tests.helpers.small_models import TOKENS, VOCAB, WIDTH, TiedLM, init, wrapped
+from tests.helpers.small_models import TOKENS, VOCAB, WIDTH, init, wrapped
 
 OTHERS = np.array([[7, 8, 1], [2, 2, 9]], np.int32)
 
@@ -73,43 +70,3 @@ def test_an_adapter_of_a_scope_is_there_in_each_method(field, name):
     encoded = tied_lora.adapt(encode)(adapted)
     assert jnp.array_equal(tied_lora.adapt(decode)(adapted, encoded), expected)
     assert jnp.array_equal(encoded, encode(params)) == (name == "decoder/shared")
-
-
-@pytest.mark.parametrize(
-    "scope",
-    ["T/T.encode/encoder/shared", "T.encode/encoder/shared", "T/T.a/T.b/encoder/encoder.c/shared"],
-)
-def test_a_method_that_a_module_calls_of_itself_is_no_module(scope):
-    assert SiteFilter(scope="T/encoder/shared")("lookup", scope)
-    assert not SiteFilter(scope="T/T/encoder")("lookup", scope)
-    assert SiteFilter(scope="a/a")("lookup", "T/a/a")  # a child of its parent's name
-
-
-def test_modules_to_save_means_every_module_that_ends_so():
-    """As ``str.endswith`` in PEFT: "norm" is "input_layernorm", too."""
-    names = ["input_layernorm", "norm", "norms"]
-    params = {"layers": {name: {"scale": jnp.ones(4)} for name in names}}
-    adapted = tied_lora.wrap(params, tied_lora.LoraConfig(modules_to_save=["norm"]))
-    expected = {"layers/input_layernorm/scale", "layers/norm/scale"}
-    assert set(adapted.adapters["modules_to_save"]) == expected
-    with pytest.raises(ValueError, match="modules_to_save='form' names no leaf"):
-        tied_lora.wrap(params, tied_lora.LoraConfig(modules_to_save=["form"]))
-
-
-def test_warnings_show_the_line_that_wraps():
-    """A warning of `wrap` names the caller's file, and the collector runs again afterwards."""
-    params = init(TiedLM())
-    sites = tied_lora.trace(TiedLM().apply, {"params": params}, TOKENS)
-    cases = [
-        {"target_modules": ["embed_tokens"], "ensure_weight_tying": False},
-        {"target_modules": ["up", "nothing"]},
-        {"target_modules": ["up"], "rank_pattern": {"nothing": 3}},
-    ]
-    for fields in cases:
-        config = tied_lora.LoraConfig(r=2, **fields)
-        with pytest.warns(
-            (tied_lora.UnmatchedTargetWarning, tied_lora.WeightTyingWarning)
-        ) as caught:
-            tied_lora.wrap(params, config, sites=sites)
-        assert [w.filename for w in caught] == [__file__]
-    assert gc.isenabled()

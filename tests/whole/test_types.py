@@ -16,7 +16,7 @@ import pytest
 import flax_tied_lora as tied_lora
 from tests.types import user_program
 
-FOLDER = Path(__file__).parent / "types"
+FOLDER = Path(__file__).parents[1] / "types"
 MODULES = ("arithmetic", "checkpoint", "losses", "names", "nnx", "peft", "serving", "train")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import flax_tied_lora as tied_lora
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODULES = (
     "arithmetic", "checkpoint", "losses", "names", "nnx", "peft", "serving", "train",
 )  # fmt: skip
