@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flax_tied_lora._peft.files.errors import AdapterFileError, listed, operating_system, shown
-from flax_tied_lora._peft.files.replacement import INCOMPLETE, REPLACED
+from flax_tied_lora._peft.files.replacement import settle
 from flax_tied_lora._peft.files.safetensors_read import Tensors, open_safetensors
 from flax_tied_lora._peft.files.safetensors_write import write_safetensors
 from flax_tied_lora._peft.files.strict_json import parse_object, read_object
@@ -23,7 +24,9 @@ STEM = "adapter_model"
 PICKLE = "adapter_model.bin"
 # A config that lists every token and every layer of a large model has a few million bytes.
 MAX_CONFIG = 10_000_000
-_TRIES = 3
+# How often a reader begins again where files are replaced while it reads, and how long it waits.
+_TRIES = 20
+_WAIT = 0.01
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,16 +64,19 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
     directory = Path(directory)
     _check_directory(directory)
     config = directory / CONFIG
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
+        busy = settle(directory)
         before = _identity(config)
         try:
             files = _read(directory)
         except AdapterFileError:
-            if _identity(config) == before:
+            last = attempt == _TRIES - 1
+            if _identity(config) == before and (last or not busy):
                 raise
+            time.sleep(attempt * _WAIT)
             continue
-        # A save removes the old config first and puts the new one in place last: if the config is
-        # still the same file, the tensors belong to it.
+        # A save puts a new config in place together with the tensors, or after them: if it is still
+        # the same one, the tensors belong to it.
         if _identity(config) == before:
             return files
         files.tensors.close()
@@ -154,14 +160,7 @@ def _refuse_without_config(directory: Path) -> None:
     with operating_system(directory, "read the directory"):
         names = sorted(path.name for path in directory.iterdir())
         inner = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
-    if any(
-        name.startswith(f".{CONFIG}.") and name.endswith((INCOMPLETE, REPLACED)) for name in names
-    ):
-        why = (
-            "a save into it is under way or was interrupted: save again with overwrite=True "
-            "(hidden files that end in .replaced are those of the adapter before)"
-        )
-    elif inner:
+    if inner:
         why = f"there are adapters in {listed(inner)}: pass one of these directories"
     else:
         why = "save the adapter again, or copy all of its files"
