@@ -11,8 +11,12 @@ from flax_tied_lora._adapters.adapted import Adapted as Adapted
 from flax_tied_lora._algebra.site_filter import SiteFilter as SiteFilter
 from flax_tied_lora._config.config import LoraConfig as LoraConfig
 from flax_tied_lora._interpreter import rules as _rules  # noqa: F401 (registers them)
+from flax_tied_lora._interpreter.custom_rule import custom_rule as custom_rule
 from flax_tied_lora._interpreter.materialised import DensifyError as DensifyError
 from flax_tied_lora._interpreter.materialised import DensifyWarning as DensifyWarning
+from flax_tied_lora._interpreter.protocols import Operand as Operand
+from flax_tied_lora._interpreter.protocols import Rule as Rule
+from flax_tied_lora._interpreter.protocols import RuleContext as RuleContext
 from flax_tied_lora._interpreter.registry import register_rule as register_rule
 from flax_tied_lora._interpreter.sites import CallSite as CallSite
 from flax_tied_lora._interpreter.sites import CallSites as CallSites
@@ -75,9 +79,12 @@ __all__ = [
     "LoraConfig",
     "Member",
     "NotTiedError",
+    "Operand",
     "Plan",
     "QuantizedArray",
     "Read",
+    "Rule",
+    "RuleContext",
     "SiteFilter",
     "TieGroup",
     "TiedLeaf",
@@ -91,6 +98,7 @@ __all__ = [
     "arithmetic",
     "base",
     "checkpoint",
+    "custom_rule",
     "dequantize",
     "explain",
     "find_ties",

@@ -69,12 +69,14 @@ class Context:
 
     def evaluate(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Returns ``function(*operands)``, weights among the operands staying symbolic in it."""
+        leaves, tree = jax.tree.flatten(operands, is_leaf=lambda x: isinstance(x, Weight))
         avals = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Weight) else x for x in operands
+            jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Weight) else x for x in leaves
         ]
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*avals)
+        traced = jax.make_jaxpr(function, return_shape=True)
+        closed, shape = traced(*jax.tree.unflatten(tree, avals))
         inner = self.inside(reads := [], Provenance())
-        outputs = evaluate(inner, closed.jaxpr, closed.consts, operands)
+        outputs = evaluate(inner, closed.jaxpr, closed.consts, leaves)
         self.met(reads)
         dense = [self.returned(x) if isinstance(x, Weight) else x for x in outputs]
         return jax.tree.unflatten(jax.tree.structure(shape), dense)
