@@ -115,23 +115,9 @@ def take(array: Array, ids: Array, axis: int) -> Array:
     return array.at[where].get(out_sharding=jax.NamedSharding(sharding.mesh, jax.P(*spec)))
 
 
-@dataclasses.dataclass
-class Cost:
-    """What serving a call site symbolically costs beyond the unadapted operation."""
-
-    flops: int = 0
-    bytes: int = 0
-
-    def add_product(self, out: Factor, lhs: Factor, rhs: Factor, accumulate: Any) -> None:
-        """Adds a product's FLOPs, and the bytes of its result before it is cast."""
-        summed = [a for a in lhs.axes if a in rhs.axes and a not in out.axes]
-        self.flops += 2 * out.array.size * math.prod(lhs.size(a) for a in summed)
-        self.bytes += out.array.size * np.dtype(accumulate).itemsize
-
-
 def contract(
-    lhs: Factor, rhs: Factor, keep: Iterable[Axis], *, accumulate: Any, cost: Cost | None = None,
-    precision: Any = None, out_sharding: Any = None,
+    lhs: Factor, rhs: Factor, keep: Iterable[Axis], *,
+    accumulate: Any, precision: Any = None, out_sharding: Any = None,
 ) -> Factor:  # fmt: skip
     """Returns the product of two labelled arrays, summed over shared axes that are not in ``keep``.
 
@@ -142,7 +128,6 @@ def contract(
       accumulate: dtype that the products are added up in, and of the result.
       precision: as `lax.dot_general` has it.
       out_sharding: of the result; derived from the operands where the mesh has Explicit axes.
-      cost: what the product costs is added to it, if there is one.
     """
     kept = set(keep)
     axes = product_axes(lhs.axes, rhs.axes, kept)
@@ -156,10 +141,7 @@ def contract(
         lhs.array, rhs.array, (where(summed), where(batch)), precision, accumulate,
         out_sharding=out_sharding or _explicit_sharding(axes, lhs, rhs),
     )  # fmt: skip
-    out = Factor(array, axes)
-    if cost is not None:
-        cost.add_product(out, lhs, rhs, array.dtype)
-    return out
+    return Factor(array, axes)
 
 
 def product_axes(

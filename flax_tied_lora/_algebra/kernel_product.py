@@ -15,7 +15,7 @@ import jax
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from flax_tied_lora._algebra.factor import RANK, Axis, Cost, Factor, contract, product_axes
+from flax_tied_lora._algebra.factor import RANK, Axis, Factor, contract, product_axes
 from flax_tied_lora._tree.sharding import single, vary, varying
 
 _TOKENS = "tokens"
@@ -60,18 +60,6 @@ class Form:
             Factor(hidden.astype(far.dtype), self.hidden), Factor(far, self.far), self.order,
             accumulate=self.accumulate, precision=self.precision,
         ).ordered(self.order).array  # fmt: skip
-
-    def cost(self, cost: Cost, data: Any, near: Any, far: Any) -> None:
-        """Adds what the two products cost."""
-        sizes: dict[Axis, int] = {}
-        for axes, array in ((self.data, data), (self.near, near), (self.far, far)):
-            sizes |= zip(axes, array.shape, strict=True)
-
-        def of(axes: tuple[Axis, ...]) -> Factor:
-            return Factor(jax.ShapeDtypeStruct([sizes[a] for a in axes], self.accumulate), axes)
-
-        cost.add_product(of(self.hidden), of(self.data), of(self.near), self.accumulate)
-        cost.add_product(of(self.order), of(self.hidden), of(self.far), self.accumulate)
 
     def flat(self, data: Array) -> tuple[Form, Array]:
         """Returns the form with one axis of tokens, and the data so.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import Axis, Cost, Factor, MixedAxesError, contract
+from flax_tied_lora._algebra.factor import Axis, Factor, MixedAxesError, contract
 from flax_tied_lora._algebra.quantized import Quantized
 from flax_tied_lora._tree.sharding import automatic, explicit
 
@@ -180,9 +180,7 @@ def _piece(what: _Product, x: Factor, term: Quantized) -> Array:
         values = _after(x.array, term.values.array)
         term = dataclasses.replace(term, values=Factor(values, term.values.axes))
     weight = term.added_up(what.dtype).astype(x.array.dtype)
-    options: dict[str, Any] = {
-        "accumulate": what.accumulate, "precision": what.precision, "cost": Cost()
-    }  # fmt: skip
+    options: dict[str, Any] = {"accumulate": what.accumulate, "precision": what.precision}
     return contract(x, weight, what.order, **options).ordered(what.order).array
 
 

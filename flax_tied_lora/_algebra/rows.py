@@ -17,7 +17,6 @@ from jax import Array, lax
 from flax_tied_lora._algebra.factor import (
     RANK,
     Axis,
-    Cost,
     Factor,
     MixedAxesError,
     accumulator,
@@ -126,7 +125,7 @@ class Rows(Term):
 
 def product(
     term: Rows, data: Array, names: Sequence[Axis], order: Sequence[Axis], shape: tuple[int, ...],
-    cost: Cost, *, accumulate: Any, precision: Any,
+    *, accumulate: Any, precision: Any,
 ) -> Callable[[Array], Array]:  # fmt: skip
     """Returns a function that adds the product of data with replaced rows to a result.
 
@@ -140,7 +139,7 @@ def product(
     Raises:
       MixedAxesError: the rows cannot follow.
     """
-    options: dict[str, Any] = {"accumulate": accumulate, "precision": precision, "cost": cost}
+    options: dict[str, Any] = {"accumulate": accumulate, "precision": precision}
     if any(n not in (*term.values.axes, *term.slots.axes, *order) for n in names):
         raise MixedAxesError  # summed over an axis along which the rows do not vary
     factor, values = Factor(data, tuple(names)), term.values.astype(data.dtype)

@@ -20,7 +20,6 @@ from jax import Array, lax
 
 from flax_tied_lora._algebra.factor import (
     Axis,
-    Cost,
     Factor,
     MixedAxesError,
     accumulator,
@@ -150,21 +149,15 @@ class LowRank(Term):
     def rearrange(self, run, move):
         return dataclasses.replace(self, a=move(self.a), b=move(self.b))
 
-    def product(
-        self, order: Sequence[Axis], shape: tuple[int, ...], dtype: Any, cost: Cost
-    ) -> Array:
+    def product(self, order: Sequence[Axis], shape: tuple[int, ...], dtype: Any) -> Array:
         """Returns the delta added up, its axes in the given order, products added up in float32."""
         accumulate = accumulator(dtype)
         a, b = self.a, self.b
-        out = contract(
-            a.astype(accumulate), b.astype(accumulate), order, accumulate=accumulate, cost=cost
-        )
+        out = contract(a.astype(accumulate), b.astype(accumulate), order, accumulate=accumulate)
         return out.spread(order, shape) * lax.convert_element_type(self.scaling, accumulate)
 
     def dense(self, shape, dtype):
-        return lax.convert_element_type(
-            self.product(range(len(shape)), shape, dtype, Cost()), dtype
-        )
+        return lax.convert_element_type(self.product(range(len(shape)), shape, dtype), dtype)
 
     def times(self, scale):
         for field in ("a", "b"):
@@ -281,11 +274,10 @@ class Weight:
         """Returns the weight times a scale over some of its axes."""
         if self.scale is None:
             return self.replace(scale=scale)
-        cost, keep = Cost(), range(len(self.shape))
         accumulate = accumulator(scale.array.dtype, self.scale.array.dtype)
         product = contract(
-            self.scale.astype(accumulate), scale.astype(accumulate), keep,
-            accumulate=accumulate, cost=cost,
+            self.scale.astype(accumulate), scale.astype(accumulate), range(len(self.shape)),
+            accumulate=accumulate,
         )  # fmt: skip
         return self.replace(scale=product)
 

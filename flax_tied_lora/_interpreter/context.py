@@ -9,10 +9,10 @@ from typing import Any, Literal
 import jax
 from jax.extend.core import JaxprEqn, Var
 
-from flax_tied_lora._algebra.factor import Cost
 from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION
 from flax_tied_lora._algebra.weight import LowRank, Term, Weight
 from flax_tied_lora._interpreter import registry
+from flax_tied_lora._interpreter.costs import Cost, cost, total
 from flax_tied_lora._interpreter.equations import run
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import DensifyError, densified
@@ -42,6 +42,9 @@ class Context:
       here: the name stack of the current equation within it.
       provenance: where the values of the program evaluated come from.
       shown: the names of leaves for which this program has stand-ins.
+      counts: whether it is counted what serving the call sites costs: for that they are traced
+        once more.
+      uncounted: where, among the reads, those are of which it is not counted yet.
     """
 
     on_dense: OnDense = "warn"
@@ -52,6 +55,8 @@ class Context:
     here: str = ""
     provenance: Provenance = dataclasses.field(default_factory=Provenance)
     shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    counts: bool = False
+    uncounted: list[int] = dataclasses.field(default_factory=list)
 
     # Running
 
@@ -62,9 +67,13 @@ class Context:
 
     def apply(self, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
         """Returns the outputs of an equation on arrays and weights."""
-        if any(isinstance(x, Weight) for x in operands):
-            return registry.apply(self, eqn, operands)
-        return self.run(eqn, operands)
+        if not any(isinstance(x, Weight) for x in operands):
+            return self.run(eqn, operands)
+        before = len(self.reads)
+        outputs = registry.apply(self, eqn, operands)
+        if self.counts:
+            self._count(eqn, operands, before)
+        return outputs
 
     def evaluate(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Returns ``function(*operands)``, weights among the operands staying symbolic in it."""
@@ -81,8 +90,9 @@ class Context:
     def inside(self, reads: list[Read], provenance: Provenance, **changes: Any) -> Context:
         """Returns the context of a program inside the current equation, with reads of its own."""
         return dataclasses.replace(
-            self, reads=reads, outside=self.full_scope, here="", provenance=provenance, **changes
-        )
+            self, reads=reads, uncounted=[], outside=self.full_scope, here="",
+            provenance=provenance, **changes,
+        )  # fmt: skip
 
     def met(self, reads: Sequence[Read]) -> None:
         """Takes over the call sites of a program inside the current equation."""
@@ -134,8 +144,8 @@ class Context:
     def read(
         self, operation: str, weight: Weight, role: Any, *,
         rows: Sequence[int] = (), cols: Sequence[int] | None = None, batch: Sequence[int] = (),
-    ) -> tuple[tuple[Term, ...], Callable[[Cost], None]]:  # fmt: skip
-        """Returns the terms that are there for a call site, and a function to report its cost with.
+    ) -> tuple[Term, ...]:  # fmt: skip
+        """Returns the terms that are there for a call site, which it notes down.
 
         Args:
           operation: name of the primitive.
@@ -146,7 +156,7 @@ class Context:
         found = LOOKUP if role == OTHER and all(o.picked for o in weight.origins) else role
         terms = weight.at(self._forward(operation, found, weight), module_scope(self.full_scope))
         groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
-        cost = Cost()
+        self.uncounted.append(len(self.reads))
         for origin in weight.origins:
             dims: dict[str, Any] = {}
             if role != OTHER:
@@ -168,16 +178,35 @@ class Context:
             scope = module_scope(self.here)
             site = CallSite(origin.leaf, name, scope=scope, role=kind, **dims)
             self.reads.append(Read(site, _served(terms), groups))
-        index = len(self.reads) - 1
+        return terms
 
-        def report(spent: Cost) -> None:
-            cost.flops += spent.flops
-            cost.bytes += spent.bytes
-            self.reads[index] = dataclasses.replace(
-                self.reads[index], flops=cost.flops, bytes=cost.bytes
-            )
+    def _count(self, eqn: JaxprEqn, operands: Sequence[Any], before: int) -> None:
+        """Writes down what an equation costs beyond the unadapted one, at the first of its reads.
 
-        return terms, report
+        Args:
+          before: how many reads there were before it. What they cost that it met inside is theirs.
+        """
+        at = next((i for i in self.uncounted if i >= before), None)
+        if at is None:
+            return
+        self.uncounted[:] = [i for i in self.uncounted if i < before]
+        served = self._cost(eqn, operands)
+        plain = self._cost(eqn, [_unadapted(x) for x in operands])
+        inside = total(Cost(r.flops, r.bytes) for r in self.reads[before:])
+        flops, size = (max(s - p - i, 0) for s, p, i in zip(served, plain, inside, strict=True))
+        self.reads[at] = dataclasses.replace(self.reads[at], flops=flops, bytes=size)
+
+    def _cost(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Cost:
+        """Returns what the program costs that serves an equation."""
+        context = dataclasses.replace(
+            self, on_dense="allow", reads=[], memo={}, counts=False, uncounted=[]
+        )
+
+        def serve(*operands: Any) -> Any:
+            return registry.apply(context, eqn, operands)
+
+        avals = jax.tree.map(jax.typeof, list(operands))
+        return cost(jax.make_jaxpr(serve)(*avals).jaxpr)
 
     def _forward(self, operation: str, role: Any, weight: Weight) -> Any:
         """Returns the role of the site that a site in a backward pass belongs to.
@@ -240,6 +269,14 @@ class Context:
         if self.on_dense == "error":
             leaf = weight.origins[0].leaf
             raise DensifyError(densified(read(self.shown.get(leaf, leaf), self.full_scope)))
+
+
+def _unadapted(operand: Any) -> Any:
+    """Returns a weight without adapters."""
+    if not isinstance(operand, Weight):
+        return operand
+    base: Any = next(t for t in operand.terms if t.whole or t.stored)
+    return operand.replace(terms=(dataclasses.replace(base, sites=None),), scale=None)
 
 
 def _is_plain(weight: Weight, terms: Sequence[Term]) -> bool:

@@ -54,7 +54,8 @@ class Read:
         the whole), ``"dense"`` (the weight was added up), ``"plain"`` (as it was), ``"quantised"``
         (as it is stored), or ``"dequantised"`` (into one array).
       groups: keys of the adapters that were applied.
-      flops, bytes: what it cost beyond the unadapted operation.
+      flops, bytes: what it cost beyond the unadapted operation, as `explain` counts it. Of an
+        operation that reads several leaves at once all is at the first, so that sums are right.
     """
 
     site: CallSite

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from flax_tied_lora._algebra.factor import Cost
 from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._algebra.weight import Dense, Weight
+from flax_tied_lora._interpreter.costs import Cost, cost, cost_of
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._losses.chunked import Loss
@@ -33,18 +33,14 @@ def linear_cross_entropy(context, eqn, *operands):
         # A table for each example: in plain JAX, which computes logits again for its gradients.
         plain = functools.partial(computed, loss=loss, mapped=mapped)
         return [context.evaluate(plain, *others, table)]
-    cost = _cost(context, loss, others[0], table)
-    if cost is None:
+    if _has_to_be_dense(context, loss, others[0], table):
         return NotImplemented
     width = 1 - loss.vocab_axis
-    terms, report = context.read(NAME, table, PROJECTION, rows=[width], cols=[loss.vocab_axis])
+    terms = context.read(NAME, table, PROJECTION, rows=[width], cols=[loss.vocab_axis])
     own = table.replace(terms=tuple(dataclasses.replace(t, sites=None) for t in terms))
     if _is_array(own):
         (term,) = own.terms
         return [bind(loss, [*others, term.dense(own.shape, own.dtype)], mapped)]
-    if len(terms) < len(table.terms):  # not all are for this call site
-        cost = _cost(context, loss, others[0], own)
-    report(cost)
     leaves, parts = jax.tree.flatten(own)
     flags = tuple((*level[:-1], *[False] * len(leaves)) for level in mapped)
     return [bind(dataclasses.replace(loss, table=parts), [*others, *leaves], flags)]
@@ -54,19 +50,25 @@ def _is_array(table: Weight) -> bool:
     return len(table.terms) == 1 and isinstance(table.terms[0], Dense) and table.scale is None
 
 
-def _cost(context: Any, loss: Loss, hidden: Any, table: Weight) -> Cost | None:
-    """Returns what the parts cost beyond the plain product; None where they have to be added up."""
-    tokens, width = hidden.shape[-2:]
-    chunk = min(loss.lanes * loss.chunk, tokens)
-    inner = context.inside([], Provenance(), on_dense="allow")
+def _has_to_be_dense(context: Any, loss: Loss, hidden: Any, table: Weight) -> bool:
+    """Returns whether a part of the table has to be added up."""
+    inner = context.inside([], Provenance(), on_dense="allow", counts=False)
     leaves, parts = jax.tree.flatten(table)
     loss = dataclasses.replace(loss, table=parts)
+    jax.eval_shape(functools.partial(loss.project, context=inner), _chunk(loss, hidden), leaves)
+    return any(r.served == "dense" for r in inner.reads)
 
-    def project(hidden: Any, *leaves: Any) -> Any:
-        return loss.project(hidden, leaves, context=inner)
 
-    jax.eval_shape(project, jax.ShapeDtypeStruct((chunk, width), hidden.dtype), *leaves)
-    if any(r.served == "dense" for r in inner.reads):
-        return None
-    flops, size = sum(r.flops for r in inner.reads), sum(r.bytes for r in inner.reads)
-    return Cost(flops * (hidden.size // width) // max(chunk, 1), size)
+def _chunk(loss: Loss, hidden: Any) -> jax.ShapeDtypeStruct:
+    """Returns shape and dtype of a chunk of hidden states."""
+    tokens, width = hidden.shape[-2:]
+    return jax.ShapeDtypeStruct((min(loss.lanes * loss.chunk, tokens), width), hidden.dtype)
+
+
+@cost_of(NAME)
+def _cost(eqn: Any) -> Cost:
+    """Returns the FLOPs of the products of all tokens, and the bytes of those of a chunk."""
+    loss, (hidden, *rest) = eqn.params["loss"], [v.aval for v in eqn.invars]
+    chunk = _chunk(loss, hidden)
+    flops, size = cost(jax.make_jaxpr(loss.project)(chunk, rest[loss.first - 1 :]).jaxpr)
+    return Cost(flops * (hidden.size // chunk.shape[1]) // max(chunk.shape[0], 1), size)

@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 
 from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._interpreter.context import OnDense
+from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.inner import is_same
 from flax_tied_lora._nnx.leaves import name_of, named
 from flax_tied_lora._verbs.adapt import Evaluated, evaluated
@@ -80,7 +80,7 @@ class _Apart:
 
 def run(
     module: nnx.Module, adapted: Adapted, shown: Mapping[str, str], function: Callable[..., Any],
-    on_dense: OnDense, args: Any, kwargs: Any,
+    evaluation: Context, args: Any, kwargs: Any,
 ) -> tuple[Any, Evaluated]:  # fmt: skip
     """Returns ``function(module, *args, **kwargs)`` on adapted weights; the module is updated.
 
@@ -126,7 +126,7 @@ def run(
             traced[:] = [_After(new_graphdef, new_treedef, new_names, same, result)]
             return result.rest, leaves
 
-        done = evaluated(inside, on_dense, (adapted,), {})
+        done = evaluated(inside, evaluation, (adapted,), {})
         (after,), (rest, leaves) = traced, done.result
         leaves = _kept(leaves, after.names, index, places, done)
         changed = {n for n, x in zip(after.names, leaves, strict=True) if not isinstance(x, _Kept)}

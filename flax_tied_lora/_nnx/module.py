@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from flax_tied_lora._adapters.adapted import Adapted, summary
-from flax_tied_lora._interpreter.context import OnDense
+from flax_tied_lora._interpreter.context import Context, OnDense
 from flax_tied_lora._interpreter.materialised import warn_of_dense
 from flax_tied_lora._interpreter.sites import numbered
 from flax_tied_lora._nnx.calling import run
@@ -189,7 +189,7 @@ def call(
     Args:
       whole: whether every adapter is expected to be used.
     """
-    result, done = evaluated_call(owner, function, owner.on_dense, args, kwargs)
+    result, done = evaluated_call(owner, function, Context(owner.on_dense), args, kwargs)
     if owner.on_dense == "warn":
         warn_of_dense(numbered(done.context.reads), stacklevel=4)
     if whole:
@@ -201,11 +201,11 @@ def call(
 
 
 def evaluated_call(
-    owner: AdaptedModule, function: Callable[..., Any], on_dense: OnDense, args: Any, kwargs: Any
+    owner: AdaptedModule, function: Callable[..., Any], context: Context, args: Any, kwargs: Any
 ) -> tuple[Any, Evaluated]:
     """Returns ``function(module, *args, **kwargs)`` with the adapters, and how it was evaluated."""
     shown = shown_as(owner.plan, aliases_of(owner.module))
-    return run(owner.module, stored(owner), shown, function, on_dense, tuple(args), dict(kwargs))
+    return run(owner.module, stored(owner), shown, function, context, tuple(args), dict(kwargs))
 
 
 def _seen(owner: AdaptedModule, parent: Any, find: Callable[[Any], Any], name: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._nnx.checks import check_adapted_module, check_module
 from flax_tied_lora._nnx.leaves import aliases_of, named, params_of
@@ -80,7 +81,7 @@ def explain(module: AdaptedModule, *args: Any, method: Method = None, **kwargs: 
     def meet(given: Any, named: Any) -> Any:
         state, *rest = given
         here = nnx.merge(graphdef, state)
-        _, done = evaluated_call(here, function, "allow", rest, named)
+        _, done = evaluated_call(here, function, Context("allow", counts=True), rest, named)
         return done.context.reads, done.adapteds
 
     found, aliases = explained(meet, (state, *args), kwargs), aliases_of(module.module)

@@ -59,7 +59,7 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
 
     @functools.wraps(fn, updated=())
     def adapted_fn(*args: Any, **kwargs: Any) -> Any:
-        result, reads, adapteds = call(fn, on_dense, args, kwargs)
+        result, reads, adapteds = call(fn, Context(on_dense), args, kwargs)
         if on_dense == "warn":
             warn_of_dense(numbered(reads))
         warn_of_unread(reads, adapteds)
@@ -77,10 +77,10 @@ def is_opaque(x: Any) -> bool:
 
 
 def call(
-    fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
+    fn: Callable[..., Any], context: Context, args: Sequence[Any], kwargs: Any
 ) -> tuple[Any, list[Read], list[Adapted]]:
     """Returns what ``fn`` returns on adapted arguments, the call sites met, and the arguments."""
-    run = evaluated(fn, on_dense, args, kwargs)
+    run = evaluated(fn, context, args, kwargs)
     return run.returned(run.result), run.context.reads, run.adapteds
 
 
@@ -109,7 +109,7 @@ class Evaluated:
 
 
 def evaluated(
-    fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
+    fn: Callable[..., Any], context: Context, args: Sequence[Any], kwargs: Any
 ) -> Evaluated:
     """Returns what ``fn`` comes to on adapted arguments, weights that it hands back symbolic."""
     nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=is_opaque)
@@ -122,7 +122,6 @@ def evaluated(
             "pass what wrap returns where the params went. A transformers Flax model needs it as "
             "params=adapted"
         )
-    context = Context(on_dense)
     named = [
         _weights(adapted, mark_of(number, adapteds), context)
         for number, adapted in enumerate(adapteds)

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import RANK, Cost, Factor, MixedAxesError, accumulator, contract
+from flax_tied_lora._algebra.factor import RANK, Factor, MixedAxesError, accumulator, contract
 from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._algebra.weight import LowRank, Weight
 from flax_tied_lora._interpreter.registry import rule
@@ -31,9 +31,7 @@ def ragged_dot(context, eqn, lhs, rhs, sizes, *offset):
     if rhs.scale is not None:
         rhs = rhs.folded()
     free = [i for i in range(len(rhs.shape)) if i not in (*summed, *groups)]
-    terms, read = context.read(
-        eqn.primitive.name, rhs, PROJECTION, rows=summed, cols=free, batch=groups
-    )
+    terms = context.read(eqn.primitive.name, rhs, PROJECTION, rows=summed, cols=free, batch=groups)
     group, = groups  # fmt: skip
     accumulate = accumulator(eqn.outvars[0].aval.dtype)
     precision = eqn.params["precision"]
@@ -42,33 +40,25 @@ def ragged_dot(context, eqn, lhs, rhs, sizes, *offset):
         kind = accumulate if len(terms) > 1 else eqn.params["preferred_element_type"]
         return lax.ragged_dot_general(lhs, array, sizes, dims, precision, kind)
 
-    def low_rank(term: LowRank, data: Array, cost: Cost, sharding: Any) -> Array:
+    def low_rank(term: LowRank, data: Array, sharding: Any) -> Array:
         a, b = (term.a, term.b) if set(summed) <= set(term.a.axes) else (term.b, term.a)
         if set(a.axes) - {*summed, group, RANK} or set(b.axes) - {*free, group, RANK}:
             raise MixedAxesError
         order = [RANK if i == free[0] else i for i in range(len(rhs.shape)) if i not in free[1:]]
         hidden = _grouped(data, a, order, sizes, dims, accumulate, precision, rhs.shape)
         hidden = hidden * lax.convert_element_type(term.scaling, accumulate)
-        cost.flops += 2 * hidden.size * (a.array.size // a.size(RANK) // _count(a, group))
         # The rank axis is the last of the product, as the free axes were.
         rest = lax.convert_element_type(hidden, data.dtype)
         second = lax.RaggedDotDimensionNumbers(
             (([rest.ndim - 1], [1]), ([], [])), list(range(rest.ndim))[:1], [0]
         )
-        out = _grouped(
+        return _grouped(
             rest, b, [group, RANK, *free], sizes, second, accumulate, precision, rhs.shape
         )
-        cost.flops += 2 * out.size * b.size(RANK)
-        cost.bytes += (hidden.size + out.size) * out.dtype.itemsize
-        return out
 
     if lhs.ndim != 2 or len(free) != 1:
         return NotImplemented
-    return [serve(context, eqn, rhs, lhs, terms, dense, low_rank, read)]
-
-
-def _count(factor: Factor, group: int) -> int:
-    return factor.size(group) if group in factor.axes else 1
+    return [serve(context, eqn, rhs, lhs, terms, dense, low_rank)]
 
 
 def _grouped(
@@ -97,7 +87,7 @@ def conv(context, eqn, lhs, rhs):
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
     out_axis, in_axis, *window = numbers.rhs_spec
     rows = tuple(sorted((in_axis, *window)))
-    terms, read = context.read(eqn.primitive.name, rhs, PROJECTION, rows=rows, cols=(out_axis,))
+    terms = context.read(eqn.primitive.name, rhs, PROJECTION, rows=rows, cols=(out_axis,))
     accumulate, aval = accumulator(eqn.outvars[0].aval.dtype), eqn.outvars[0].aval
     channel = numbers.out_spec[1]
     per_group = rhs.shape[out_axis] // groups
@@ -113,7 +103,7 @@ def conv(context, eqn, lhs, rhs):
             return convolve(lhs, array, p["preferred_element_type"])
         return convolve(lhs, array, accumulate)
 
-    def low_rank(term: LowRank, data: Array, cost: Cost, sharding: Any) -> Array:
+    def low_rank(term: LowRank, data: Array, sharding: Any) -> Array:
         a, b = (term.b, term.a) if out_axis in term.a.axes else (term.a, term.b)
         if out_axis in a.axes or set(b.axes) != {out_axis, RANK}:
             raise MixedAxesError
@@ -125,7 +115,6 @@ def conv(context, eqn, lhs, rhs):
         # Each group of channels has its own part of the columns, and all of the rank.
         thin = jnp.concatenate([thin] * groups, axis=out_axis)
         hidden = convolve(data, thin, accumulate)
-        cost.flops += 2 * hidden.size * (thin.size // (rank * groups))
         hidden *= lax.convert_element_type(term.scaling, accumulate)
         hidden = lax.convert_element_type(hidden, data.dtype)
         split = (*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1 :])
@@ -136,9 +125,9 @@ def conv(context, eqn, lhs, rhs):
         kept = (*labels[:channel], "group", "column", *labels[channel + 2 :])
         out = contract(
             Factor(hidden.reshape(split), labels), far, kept,
-            accumulate=accumulate, precision=p["precision"], cost=cost,
+            accumulate=accumulate, precision=p["precision"],
         )  # fmt: skip
         order = (*names[:channel], "group", "column", *names[channel + 1 :])
         return out.ordered(order).array.reshape(aval.shape)
 
-    return [serve(context, eqn, rhs, lhs, terms, dense, low_rank, read)]
+    return [serve(context, eqn, rhs, lhs, terms, dense, low_rank)]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._algebra.factor import Cost, Factor, MixedAxesError, accumulator
+from flax_tied_lora._algebra.factor import Factor, MixedAxesError, accumulator
 from flax_tied_lora._algebra.site_filter import OTHER
 from flax_tied_lora._algebra.weight import LowRank, Weight
 from flax_tied_lora._algebra.weight import add as total_of
@@ -130,17 +130,16 @@ def _to_data(context, eqn, lhs, rhs):
     varying = {a for t in weight.terms if not t.whole for a in t.factor_axes()}
     if not any(n == 1 or i not in varying for i, n in enumerate(weight.shape)):
         return NotImplemented  # not repeated: what is made is a matrix of the weight's size
-    terms, read = context.read(eqn.primitive.name, weight, OTHER)
-    aval, cost = eqn.outvars[0].aval, Cost()
+    terms = context.read(eqn.primitive.name, weight, OTHER)
+    aval = eqn.outvars[0].aval
     accumulate, order = accumulator(aval.dtype), range(len(weight.shape))
     total = total_of([
-        term.product(order, weight.shape, aval.dtype, cost) if isinstance(term, LowRank)
+        term.product(order, weight.shape, aval.dtype) if isinstance(term, LowRank)
         else term.dense(weight.shape, accumulate)
         for term in terms
     ])  # fmt: skip
     if weight.scale is not None:
         total *= weight.scale.astype(accumulate).spread(order, weight.shape)
-    read(cost)
     pair = [
         jnp.broadcast_to(total if isinstance(x, Weight) else x, aval.shape).astype(accumulate)
         for x in (lhs, rhs)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._algebra.factor import FLOATS, RANK, Cost, Factor, MixedAxesError
+from flax_tied_lora._algebra.factor import FLOATS, RANK, Factor, MixedAxesError
 from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._algebra.weight import LowRank, Weight
 from flax_tied_lora._interpreter.registry import rule
@@ -194,8 +194,7 @@ def reduce_sum(context, eqn, weight):
     out = summed(weight)
     if any(isinstance(t, LowRank) and (RANK,) in (t.a.axes, t.b.axes) for t in out.terms):
         # All rows, or all columns: a product with ones, whose result is data.
-        terms, read = context.read(eqn.primitive.name, weight, PROJECTION, rows=axes)
-        read(Cost())
+        terms = context.read(eqn.primitive.name, weight, PROJECTION, rows=axes)
         return [summed(weight.replace(terms=terms)).dense()]
     return [out]
 

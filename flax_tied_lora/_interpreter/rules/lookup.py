@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import RANK, Cost, Factor, accumulator
+from flax_tied_lora._algebra.factor import RANK, Factor, accumulator
 from flax_tied_lora._algebra.site_filter import LOOKUP
 from flax_tied_lora._algebra.weight import Dense, LowRank, Weight, add
 from flax_tied_lora._interpreter.registry import rule
@@ -94,9 +94,9 @@ def _pick(
         )
         picked = weight.replace(origins=origins).rearrange(aval, run, move, held)
         return [picked.replace(terms=tuple(t.repeated() for t in picked.terms))]
-    terms, read = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
+    terms = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
     accumulate = accumulator(aval.dtype)
-    cost, parts, low_rank = Cost(), [], False
+    parts, low_rank = [], False
     for term in terms:
         if isinstance(term, Dense) and term.turned is not None:
             # From where it is stored: its transpose may be a copy of the whole of it.
@@ -115,7 +115,7 @@ def _pick(
                 None,
                 moved.group,
             )
-            parts.append(_product(cast, aval, cost))
+            parts.append(_product(cast, aval))
         else:
             found = moved.dense(aval.shape, accumulate)
             parts.append(_filled(found, eqn, weight, indexed, move) if term.stored else found)
@@ -125,11 +125,10 @@ def _pick(
     out = add([lax.convert_element_type(p, accumulate) for p in parts])
     if scale is not None:
         out *= scale.astype(accumulate).spread(range(aval.ndim), aval.shape)
-    read(cost)
     return [lax.convert_element_type(out, aval.dtype)]
 
 
-def _product(term: LowRank, aval: Any, cost: Cost) -> Array:
+def _product(term: LowRank, aval: Any) -> Array:
     """Returns the delta of what was picked, [..., columns], over one axis of tokens if it can be.
 
     XLA for the CPU copies what a factor's gradient is summed of over two; over one it does not.
@@ -138,11 +137,11 @@ def _product(term: LowRank, aval: Any, cost: Cost) -> Array:
     picked, other = (term.a, term.b) if 0 in term.a.axes else (term.b, term.a)
     alone = picked.axes == (*range(count), RANK) and {*other.axes} == {count, RANK}
     if count < 2 or not alone or not single(picked.array):
-        return term.product(range(aval.ndim), aval.shape, aval.dtype, cost)
+        return term.product(range(aval.ndim), aval.shape, aval.dtype)
     rows = Factor(picked.array.reshape(-1, picked.size(RANK)), (0, RANK))
     flat = LowRank(rows, other.relabel(lambda _: 1), term.scaling, None, term.group)
     shape = (rows.size(0), other.size(count))
-    return flat.product(range(2), shape, aval.dtype, cost).reshape(aval.shape)
+    return flat.product(range(2), shape, aval.dtype).reshape(aval.shape)
 
 
 def _filled(array: Array, eqn: Any, weight: Weight, indexed: Sequence[int], move: Any) -> Array:

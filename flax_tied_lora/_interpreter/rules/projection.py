@@ -18,7 +18,6 @@ from flax_tied_lora._algebra import rows as replaced_rows
 from flax_tied_lora._algebra.factor import (
     RANK,
     Axis,
-    Cost,
     Factor,
     MixedAxesError,
     accumulator,
@@ -36,8 +35,8 @@ from flax_tied_lora._tree.sharding import explicit, placed_as, split, varying
 
 def serve(
     context: Any, eqn: Any, weight: Weight, x: Any, terms: Sequence[Term],
-    dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Cost, Any], Any],
-    read: Any, scale: Array | None = None, rows: Callable[[Rows, Any, Cost], Any] | None = None,
+    dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Any], Any],
+    scale: Array | None = None, rows: Callable[[Rows, Any], Any] | None = None,
     quantized: Callable[[Quantized, Array], Array] | None = None,
     turned: Callable[[Array], Array] | None = None,
 ) -> Array:  # fmt: skip
@@ -46,7 +45,7 @@ def serve(
     Args:
       dense: the product with an array of the weight's shape.
       low_rank: the product with a delta, or a function that adds it to a result; called with the
-        term, the data, the cost to add to, and the sharding that the result must have, or None.
+        term, the data, and the sharding that the result must have, or None.
       scale: multiplied in before that cast.
       rows: returns a function that adds the product with replaced rows to a result; None where
         there is none.
@@ -55,7 +54,7 @@ def serve(
         none.
     """
     aval, accumulate = eqn.outvars[0].aval, accumulator(eqn.outvars[0].aval.dtype)
-    cost, parts, adders, wide = Cost(), [], [], False
+    parts, adders, wide = [], [], False
     plain = None
     if not isinstance(x, Weight):
         plain = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
@@ -66,13 +65,13 @@ def serve(
             if plain is not None and term.key is not None:
                 data = dropped(term, plain)
             sharding = split(parts[0]) if parts else None
-            served = low_rank(term, data, cost, sharding)
+            served = low_rank(term, data, sharding)
             wide |= callable(served)
             (adders if callable(served) else parts).append(served)
             continue
         if isinstance(term, Rows) and rows is not None and plain is not None:
             with contextlib.suppress(MixedAxesError):
-                adders.append(rows(term, plain, cost))
+                adders.append(rows(term, plain))
                 continue
         if isinstance(term, Quantized) and quantized is not None and plain is not None:
             with contextlib.suppress(MixedAxesError):
@@ -84,7 +83,6 @@ def serve(
         if not term.whole:
             context.added_up(eqn.primitive.name, weight, [term])
         parts.append(dense(term.dense(weight.shape, weight.dtype)))
-    read(cost)
     if len(parts) == 1 and parts[0].dtype == aval.dtype and scale is None and not adders:
         return parts[0]
     out = add([lax.convert_element_type(p, accumulate) for p in parts])
@@ -137,9 +135,7 @@ def dot_general(context, eqn, lhs, rhs):
     scaled = set() if scale is None else set(scale.axes)
     if not (scaled <= {*summed, *batch} or scaled <= {*free, *batch}):
         raise MixedAxesError
-    terms, read = context.read(
-        eqn.primitive.name, weight, role, rows=summed, cols=free, batch=batch
-    )
+    terms = context.read(eqn.primitive.name, weight, role, rows=summed, cols=free, batch=batch)
     params = {k: eqn.params[k] for k in ("precision", "out_sharding")}
     accumulate = accumulator(eqn.outvars[0].aval.dtype)
     if not isinstance(params["precision"], (type(None), tuple, lax.Precision)):
@@ -165,23 +161,22 @@ def dot_general(context, eqn, lhs, rhs):
         pair = (axes, contracting[1]) if first else (contracting[0], axes)
         return dense(matrix, (pair, ((), ())))
 
-    def low_rank(term: LowRank, data: Any, cost: Cost, sharding: Any) -> Any:
+    def low_rank(term: LowRank, data: Any, sharding: Any) -> Any:
         options = {"accumulate": accumulate, "precision": params["precision"]}
         shape = eqn.outvars[0].aval.shape
         if isinstance(data, Weight):
-            return between(term, data, names, order, shape, cost, **options)
-        options |= {"cost": cost}
+            return between(term, data, names, order, shape, **options)
         hidden, far = halfway(term, data, names, order, **options)
         rows = math.prod(weight.shape[i] for i in summed)
         if len(terms) > 1 and logits_product.fits(hidden, far, order, rows):
-            cost.flops += 2 * math.prod(shape) * far.size(RANK)
             form = logits_product.Form(hidden.axes, far.axes, tuple(order), params["precision"])
             return lambda base: logits_product.added(form, base, hidden.array, far.array)
-        return last(hidden, far, order, **options, out_sharding=sharding).spread(order, shape)
+        out = _second(hidden, far, tuple(order), **options, out_sharding=sharding)
+        return out.spread(order, shape)
 
-    def rows(term: Rows, data: Array, cost: Cost) -> Any:
+    def rows(term: Rows, data: Array) -> Any:
         return replaced_rows.product(
-            term, data, names, order, eqn.outvars[0].aval.shape, cost,
+            term, data, names, order, eqn.outvars[0].aval.shape,
             accumulate=accumulate, precision=params["precision"],
         )  # fmt: skip
 
@@ -198,23 +193,19 @@ def dot_general(context, eqn, lhs, rhs):
         terms = tuple(without_dropout(t) for t in terms)
     if (scale is None or before) and not isinstance(x, Weight):
         height = math.prod(weight.shape[i] for i in summed)
-        served = _together(
-            context, eqn, weight, x, first, names, order, terms, height, accumulate, read
-        )
+        served = _together(context, eqn, weight, x, first, names, order, terms, height, accumulate)
         if served is not None:
             return [served]
     after = None if scale is None or before else scale.spread(order, eqn.outvars[0].aval.shape)
     as_stored = turned if len(summed) == 1 and not batch and not isinstance(x, Weight) else None
     return [
-        serve(
-            context, eqn, weight, x, terms, dense, low_rank, read, after, rows, quantized, as_stored
-        )
+        serve(context, eqn, weight, x, terms, dense, low_rank, after, rows, quantized, as_stored)
     ]
 
 
 def _together(
     context: Any, eqn: Any, weight: Weight, x: Array, first: bool, names: Sequence[Axis],
-    order: Sequence[Axis], terms: Sequence[Term], rows: int, accumulate: Any, read: Any,
+    order: Sequence[Axis], terms: Sequence[Term], rows: int, accumulate: Any,
 ) -> Array | None:  # fmt: skip
     """Returns the product with an array and one delta, or None where there is something else."""
     if len(terms) != 2 or not isinstance(terms[0], Dense) or not isinstance(terms[1], LowRank):
@@ -235,9 +226,6 @@ def _together(
     _refuse_differentiated(context, term)
     data = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
     data = dropped(term, data) if term.key is not None else data
-    cost = Cost()
-    form.cost(cost, data, near.array, far.array)
-    read(cost)
     kept = ("dimension_numbers", "out_sharding", "precision")
     return kernel_product.served(
         form, tuple((k, eqn.params[k]) for k in kept), eqn.outvars[0].aval.dtype,
@@ -265,14 +253,14 @@ def _scaled(x: Any, names: Sequence[Axis], scale: Factor, dtype: Any) -> Any:
 
 def halfway(
     term: LowRank, data: Array, names: Sequence[Axis], order: Sequence[Axis], *,
-    accumulate: Any, precision: Any, cost: Cost,
+    accumulate: Any, precision: Any,
 ) -> tuple[Factor, Factor]:  # fmt: skip
     """Returns the scaled product of data with one factor of a delta, and the other factor.
 
     Args:
       names: a label for each axis of the data: the weight axis that it is paired with, or its own.
       order: the labels of the axes of the whole product, whose cheaper order it is.
-      accumulate, precision, cost: as `contract` has them.
+      accumulate, precision: as `contract` has them.
     """
     dtype = data.dtype
     # An axis that neither factor has is one along which the delta is constant.
@@ -283,58 +271,37 @@ def halfway(
         data = lax.convert_element_type(total, dtype)
     x = Factor(data, tuple(n for n in names if n in own))
     near, far = (term.a, term.b) if times_chain(x, term.a, term.b, order) else (term.b, term.a)
-    hidden, far = _first(
-        x, near, far, term.scaling, tuple(order),
-        accumulate=accumulate, precision=precision, out_sharding=None,
-    )  # fmt: skip
-    cost.add_product(hidden, x, near, accumulate)
-    return hidden, far
-
-
-def last(
-    hidden: Factor, far: Factor, order: Sequence[Axis], *,
-    accumulate: Any, precision: Any, cost: Cost, out_sharding: Any,
-) -> Factor:  # fmt: skip
-    """Returns the product of what `halfway` returns, in an order that needs no transposition."""
-    out = _second(
-        hidden, far, tuple(order),
-        accumulate=accumulate, precision=precision, out_sharding=out_sharding,
-    )  # fmt: skip
-    cost.add_product(out, hidden, far, accumulate)
-    return out
+    return _first(
+        x, near, far, term.scaling, tuple(order), accumulate=accumulate, precision=precision
+    )
 
 
 # What `_together` does not serve, as layers over a quantised base: the two products are traced and
 # linearised once for all of them, as its one function is. Inlined, so the program is as without.
-_shared = functools.partial(
-    jax.jit, static_argnames=("order", "accumulate", "precision", "out_sharding"), inline=True
-)
+_OPTIONS = ("order", "accumulate", "precision")
 
 
-@_shared
+@functools.partial(jax.jit, static_argnames=_OPTIONS, inline=True)
 def _first(
     x: Factor, near: Factor, far: Factor, scaling: Array, order: tuple[Axis, ...], *,
-    accumulate: Any, precision: Any, out_sharding: None,
+    accumulate: Any, precision: Any,
 ) -> tuple[Factor, Factor]:  # fmt: skip
     dtype = x.array.dtype
     near, far = near.astype(dtype), far.astype(dtype)
-    hidden = contract(
-        x, near, (*order, *far.axes),
-        accumulate=accumulate, precision=precision, out_sharding=out_sharding,
-    )  # fmt: skip
+    hidden = contract(x, near, (*order, *far.axes), accumulate=accumulate, precision=precision)
     scaled = hidden.array * lax.convert_element_type(scaling, accumulate)
     return Factor(lax.convert_element_type(scaled, dtype), hidden.axes), far
 
 
-_second = _shared(kernel_product.second)
+_second = jax.jit(kernel_product.second, static_argnames=(*_OPTIONS, "out_sharding"), inline=True)
 
 
 def between(
     term: LowRank, weight: Weight, names: Sequence[Axis], order: Sequence[Axis],
-    shape: tuple[int, ...], cost: Cost, *, accumulate: Any, precision: Any,
+    shape: tuple[int, ...], *, accumulate: Any, precision: Any,
 ) -> Array:  # fmt: skip
     """Returns the product of another weight with a delta: the nearer factor meets it first."""
-    options = {"accumulate": accumulate, "precision": precision, "cost": cost}
+    options = {"accumulate": accumulate, "precision": precision}
     near, far = (term.a, term.b) if set(names) & set(term.a.axes) else (term.b, term.a)
     summed = {n for n in names if n not in order}
     parts = []
