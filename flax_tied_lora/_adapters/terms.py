@@ -134,7 +134,7 @@ def _term(
         copy = lax.convert_element_type(jnp.asarray(unboxed(own)), kind)
         if there is not None:
             copy = _where(there, copy, frozen(table).dense(tuple(table.shape), kind))
-        return Dense(copy, adapter.key, adapter.sites)
+        return Dense.of(copy, adapter.key, adapter.sites)
     a, b = _pair(group, adapter, own)
     scaling = _where(there, jnp.asarray(adapted.scaling[adapter.key]), 0)
     key, rate = _dropout(adapted, adapter.key)
@@ -180,25 +180,14 @@ def _member(
         filters = tuple(t.sites for t in copies if t.sites is not None)
         own = [frozen(array, SiteFilter(others=filters) if filters else None), *own]
     if member.transposed:
-        own = [_turned_term(t) for t in own]
-        scale = None if scale is None else _turned_factor(scale)
+        own = [t.rearrange(_transposed) for t in own]
+        scale = None if scale is None else _transposed(scale)
     shape = array.shape[::-1] if member.transposed else array.shape
     axes = tuple((i,) for i in range(array.ndim))
     return Weight(tuple(own), scale, shape, array.dtype, (Origin(member.path, axes),))
 
 
-def _turned_term(term: Term) -> Term:
-    moved = term.rearrange(_turned, _turned_factor)
-    if isinstance(term, Dense) and isinstance(moved, Dense):
-        return dataclasses.replace(moved, turned=term.array)
-    return moved
-
-
-def _turned(array: jax.Array) -> jax.Array:
-    return lax.transpose(array, (1, 0))
-
-
-def _turned_factor(factor: Factor) -> Factor:
+def _transposed(factor: Factor) -> Factor:
     return factor.relabel({0: 1, 1: 0}.__getitem__)
 
 

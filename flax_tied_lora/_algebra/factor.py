@@ -88,6 +88,15 @@ class Factor:
             return self
         return Factor(lax.transpose(self.array, [self.axes.index(a) for a in axes]), axes)
 
+    def in_order(self) -> bool:
+        """Returns whether its axes are in the order of the weight's."""
+        return self.axes == tuple(range(len(self.axes)))
+
+    def is_array(self, ndim: int) -> bool:
+        """Returns whether it has all axes of the weight, and its entries: no integers for them."""
+        every = {*self.axes} == {*range(ndim)}
+        return every and jnp.issubdtype(self.array.dtype, jnp.floating)
+
     def spread(self, order: Sequence[Axis], shape: Sequence[int]) -> Array:
         """Returns the array with all axes of ``order``, repeated along those it lacks."""
         ordered = self.ordered(order)

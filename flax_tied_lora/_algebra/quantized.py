@@ -37,7 +37,7 @@ def frozen(leaf: Any, sites: SiteFilter | None = None) -> Dense | Quantized:
     """Returns the term of a frozen leaf, quantised or not."""
     if is_quantized(leaf):
         return Quantized.of(leaf, sites)
-    return Dense(jnp.asarray(leaf), sites=sites)
+    return Dense.of(jnp.asarray(leaf), sites=sites)
 
 
 @pytree("axis", "qtype", "sites")
@@ -72,9 +72,7 @@ class Quantized(Term):
         """Returns shape, dtype and sharding of the array that it stands for."""
         return jax.eval_shape(lambda term: term.dense(shape, dtype), self)
 
-    def rearrange(
-        self, run: Callable[[Array], Array], move: Callable[[Factor], Factor]
-    ) -> Quantized:
+    def rearrange(self, move: Callable[[Factor], Factor]) -> Quantized:
         axis, marks = self._followed(move)
 
         def passive(factor: Factor) -> Factor:

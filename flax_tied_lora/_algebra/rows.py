@@ -75,7 +75,7 @@ class Rows(Term):
         slots = slots.at[ids].set(jnp.arange(1, len(tokens) + 1, dtype=jnp.int32))
         return cls(Factor(slots, (axis,)), Factor(values, (RANK, *cols)), group, sites)
 
-    def rearrange(self, run: Callable[[Array], Array], move: Callable[[Factor], Factor]) -> Rows:
+    def rearrange(self, move: Callable[[Factor], Factor]) -> Rows:
         return dataclasses.replace(self, slots=move(self.slots), values=move(self.values))
 
     def repeated(self) -> Rows:

@@ -46,12 +46,11 @@ class Term(abc.ABC):
     sites: SiteFilter | None = None
 
     @abc.abstractmethod
-    def rearrange(self, run: Callable[[Array], Array], move: Callable[[Factor], Factor]) -> Term:
+    def rearrange(self, move: Callable[[Factor], Factor]) -> Term:
         """Returns the term after a rearranging operation.
 
         Args:
-          run: the operation, on an array of the weight's shape.
-          move: the operation, on an array that has only some of the weight's axes.
+          move: the operation, on an array that has some of the weight's axes.
 
         Raises:
           MixedAxesError: the parts cannot follow the operation.
@@ -91,35 +90,41 @@ class Term(abc.ABC):
         return self
 
 
-@pytree("group", "sites", dropped=["turned"])
+@pytree("group", "sites")
 class Dense(Term):
-    """An array of the weight's shape. Operations on it are those of the unadapted model.
+    """A whole array. Operations on it are those of the unadapted model, but for transpositions.
 
     Attributes:
-      array: the array.
+      factor: the array, over all of the weight's axes, in the order in which it is stored.
       group: key of the adapter that it is a trainable copy of; "" for the frozen one.
       sites: the call sites that it is for; None for all. Those of the frozen array and of its
         copies never overlap.
-      turned: the matrix of which the array is the transpose, where that is known: as it is stored.
     """
 
     whole: ClassVar[bool] = True
 
-    array: Array
+    factor: Factor
     group: str = ""
     sites: SiteFilter | None = None
-    turned: Array | None = None
 
-    def rearrange(self, run, move):
-        return dataclasses.replace(self, array=run(self.array), turned=None)
+    @classmethod
+    def of(cls, array: Array, group: str = "", sites: SiteFilter | None = None) -> Dense:
+        """Returns the term that an array of the weight's shape is."""
+        return cls(Factor(array, tuple(range(array.ndim))), group, sites)
+
+    @property
+    def array(self) -> Array:
+        """The array, its axes in the order of the weight's."""
+        return self.factor.ordered(range(len(self.factor.axes))).array
+
+    def rearrange(self, move):
+        return dataclasses.replace(self, factor=move(self.factor))
 
     def dense(self, shape, dtype):
         return lax.convert_element_type(self.array, dtype)
 
     def times(self, scale):
-        axes = tuple(range(self.array.ndim))
-        array = Factor(self.array, axes).times(scale).array
-        return dataclasses.replace(self, array=array, turned=None)
+        return dataclasses.replace(self, factor=self.factor.times(scale))
 
 
 @pytree("group", "sites", "dropout")
@@ -146,7 +151,7 @@ class LowRank(Term):
     sites: SiteFilter | None = None
     dropout: float = 0.0
 
-    def rearrange(self, run, move):
+    def rearrange(self, move):
         return dataclasses.replace(self, a=move(self.a), b=move(self.b))
 
     def product(self, order: Sequence[Axis], shape: tuple[int, ...], dtype: Any) -> Array:
@@ -214,7 +219,7 @@ class Weight:
     @classmethod
     def of(cls, dense: Array, deltas: Sequence[Term], origins: Sequence[Origin]) -> Weight:
         """Returns the weight that is a dense array plus deltas of its shape."""
-        terms = (Dense(dense), *deltas)
+        terms = (Dense.of(dense), *deltas)
         return cls(terms, None, tuple(dense.shape), dense.dtype, tuple(dict.fromkeys(origins)))
 
     def replace(self, **changes: Any) -> Weight:
@@ -240,21 +245,20 @@ class Weight:
         return add(dense) if dense else jnp.zeros(self.shape, self.dtype), others
 
     def rearrange(
-        self, aval: Any, run: Callable[[Array], Array], move: Callable[[Factor], Factor],
-        axes: Sequence[Sequence[int]],
-    ) -> Weight:  # fmt: skip
+        self, aval: Any, move: Callable[[Factor], Factor], axes: Sequence[Sequence[int]]
+    ) -> Weight:
         """Returns the weight after an operation that only rearranges it.
 
         Args:
           aval: shape and dtype of the result.
-          run, move: as in `Term.rearrange`.
+          move: as in `Term.rearrange`.
           axes: for each axis of the result, the axes of this weight that it holds.
 
         Raises:
           MixedAxesError: a term cannot follow.
         """
         return Weight(
-            terms=tuple(term.rearrange(run, move) for term in self.terms),
+            terms=tuple(term.rearrange(move) for term in self.terms),
             scale=None if self.scale is None else move(self.scale),
             shape=tuple(aval.shape),
             dtype=aval.dtype,

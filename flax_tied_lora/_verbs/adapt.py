@@ -164,7 +164,9 @@ def _aval(weight: Weight) -> Any:
     base = next(t for t in weight.terms if isinstance(t, Dense | Quantized))
     if isinstance(base, Quantized):
         return base.aval(weight.shape, weight.dtype)
-    return jax.typeof(base.array)
+    if base.factor.in_order():
+        return jax.typeof(base.factor.array)
+    return jax.eval_shape(lambda term: term.array, base)
 
 
 def mark_of(number: int, adapteds: Sequence[Adapted]) -> str:

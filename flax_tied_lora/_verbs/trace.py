@@ -72,7 +72,7 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
 
 def _whole(name: str, array: Any) -> Weight:
     axes = tuple((i,) for i in range(array.ndim))
-    return Weight((Dense(array),), None, tuple(array.shape), array.dtype, (Origin(name, axes),))
+    return Weight((Dense.of(array),), None, tuple(array.shape), array.dtype, (Origin(name, axes),))
 
 
 def _abstract(leaf: Any) -> bool:

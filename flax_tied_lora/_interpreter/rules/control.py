@@ -95,7 +95,8 @@ def _forwarded(jaxpr: Jaxpr, operands: Sequence[Any], results: Sequence[Any]) ->
 
 def _dense_parts(weight: Weight) -> list[bool]:
     flags = [
-        isinstance(term, Dense) for term in weight.terms for _ in jax.tree.leaves(term)
+        isinstance(term, Dense) and term.factor.in_order()
+        for term in weight.terms for _ in jax.tree.leaves(term)
     ]  # fmt: skip
     return flags + [False] * len(jax.tree.leaves(weight.scale))
 
@@ -214,10 +215,8 @@ def shard_map(context, eqn, *operands):
 def _specs(weight: Weight, spec: Any) -> Weight:
     """Returns a weight with specs in place of arrays: each factor axis as the weight's."""
     whole = (*spec, *[None] * (len(weight.shape) - len(spec)))
-    dense: Any = jax.P(*whole)
     marked = weight.rearrange(
         jax.ShapeDtypeStruct(weight.shape, weight.dtype),
-        lambda array: dense,
         lambda factor: dataclasses.replace(
             factor, array=jax.P(*(whole[a] if isinstance(a, int) else None for a in factor.axes))
         ),

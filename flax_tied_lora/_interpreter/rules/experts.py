@@ -36,7 +36,8 @@ def ragged_dot(context, eqn, lhs, rhs, sizes, *offset):
     accumulate = accumulator(eqn.outvars[0].aval.dtype)
     precision = eqn.params["precision"]
 
-    def dense(array: Array) -> Array:
+    def dense(factor: Factor) -> Array:
+        array = factor.ordered(range(len(rhs.shape))).array
         kind = accumulate if len(terms) > 1 else eqn.params["preferred_element_type"]
         return lax.ragged_dot_general(lhs, array, sizes, dims, precision, kind)
 
@@ -98,7 +99,8 @@ def conv(context, eqn, lhs, rhs):
             numbers, groups, 1, p["precision"], kind,
         )  # fmt: skip
 
-    def dense(array: Array) -> Array:
+    def dense(factor: Factor) -> Array:
+        array = factor.ordered(range(len(rhs.shape))).array
         if len(terms) == 1:
             return convolve(lhs, array, p["preferred_element_type"])
         return convolve(lhs, array, accumulate)

@@ -32,7 +32,6 @@ def split(context, eqn, weight):
         outputs.append(
             weight.rearrange(
                 outvar.aval,
-                lambda array, cut=cut: cut(array, axis),
                 lambda f, cut=cut: (
                     Factor(cut(f.array, f.axes.index(axis)), f.axes) if axis in f.axes else f
                 ),
@@ -96,11 +95,7 @@ def _padded(term: Any, margins: Mapping[int, Sequence[int]]) -> Any:
         reached.update(factor.axes)
         return pad_factor(factor, margins)
 
-    def run(array: Any) -> Any:
-        reached.update(range(array.ndim))
-        return pad_factor(Factor(array, tuple(range(array.ndim))), margins).array
-
-    padded = term.rearrange(run, move)
+    padded = term.rearrange(move)
     if not set(margins) <= reached:
         raise MixedAxesError  # the delta does not vary along an axis, so nothing of it can be 0
     return padded
@@ -164,12 +159,7 @@ def stack(context, eqn, *operands):
     def grow(operand: Any) -> Any:
         if not isinstance(operand, Weight):
             return lax.expand_dims(operand, (axis,))
-        return operand.folded().rearrange(
-            grown,
-            lambda array: lax.expand_dims(array, (axis,)),
-            grow_factor,
-            held,
-        )
+        return operand.folded().rearrange(grown, grow_factor, held)
 
     return [joined([grow(x) for x in operands], axis, aval)]
 
@@ -187,12 +177,5 @@ def unstack(context, eqn, weight):
                 factor = drop(Factor(cut, factor.axes), (axis,))
             return factor.relabel(lambda a: a - (a > axis))
 
-        outputs.append(
-            weight.rearrange(
-                outvar.aval,
-                lambda array, index=index: lax.index_in_dim(array, index, axis, keepdims=False),
-                at,
-                held,
-            )
-        )
+        outputs.append(weight.rearrange(outvar.aval, at, held))
     return outputs

@@ -1,7 +1,8 @@
 """Operations that only rearrange a weight: it stays symbolic, its factors follow.
 
 A rule here is what the operation does to one `Factor`, an array with some of the weight's axes, and
-for each axis of the result the weight axes that it holds. The dense term runs the equation itself.
+for each axis of the result the weight axes that it holds. Where that does not say all that the
+equation does, the equation itself runs on an array that has all of the weight's axes.
 """
 
 from __future__ import annotations
@@ -27,22 +28,42 @@ def same_axes(eqn: Any) -> Axes:
     return [(i,) for i in range(eqn.invars[0].aval.ndim)]
 
 
-def _layout(*names: str, axes: Callable[[Any], Axes] = same_axes) -> Callable[[Any], Any]:
-    """Makes a rule of what an operation does to a factor: ``move(factor, equation, *others)``."""
+def on_arrays(
+    context: Any, eqn: Any, move: Callable[[Factor], Factor], others: Sequence[Any] = ()
+) -> Callable[[Factor], Factor]:
+    """Returns what moves a factor, but runs the equation on one with all of the weight's axes."""
+    ndim = eqn.invars[0].aval.ndim
+
+    def moved(factor: Factor) -> Factor:
+        if not factor.is_array(ndim):
+            return move(factor)
+        (array,) = context.run(eqn, [factor.ordered(range(ndim)).array, *others])
+        return Factor(array, tuple(range(array.ndim)))
+
+    return moved
+
+
+def _layout(
+    *names: str, axes: Callable[[Any], Axes] = same_axes, arrays: bool = False
+) -> Callable[[Any], Any]:
+    """Makes a rule of what an operation does to a factor: ``move(factor, equation, *others)``.
+
+    Args:
+      axes: returns for each axis of the result the weight axes that it holds.
+      arrays: whether the equation itself runs on arrays that have all axes.
+    """
 
     def decorate(move: Callable[..., Factor]) -> Callable[..., Factor]:
         @rule(*names)
         def apply(context, eqn, weight, *others):
             if not isinstance(weight, Weight) or any(isinstance(x, Weight) for x in others):
                 return NotImplemented
-            return [
-                weight.rearrange(
-                    eqn.outvars[0].aval,
-                    lambda array: context.run(eqn, [array, *others])[0],
-                    lambda factor: move(factor, eqn, *others),
-                    axes(eqn),
-                )
-            ]
+
+            def moved(factor: Factor) -> Factor:
+                return move(factor, eqn, *others)
+
+            run = on_arrays(context, eqn, moved, others) if arrays else moved
+            return [weight.rearrange(eqn.outvars[0].aval, run, axes(eqn))]
 
         return move
 
@@ -75,7 +96,7 @@ def _broadcast_axes(eqn: Any) -> Axes:
     return [(dims.index(o),) if o in dims else () for o in range(len(eqn.params["shape"]))]
 
 
-@_layout("broadcast_in_dim", axes=_broadcast_axes)
+@_layout("broadcast_in_dim", axes=_broadcast_axes, arrays=True)
 def broadcast_in_dim(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
     if dynamic_shape:
         raise MixedAxesError
@@ -128,7 +149,7 @@ def _reshape_axes(eqn: Any) -> Axes:
     return held
 
 
-@_layout("reshape", axes=_reshape_axes)
+@_layout("reshape", axes=_reshape_axes, arrays=True)
 def reshape(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
     if dynamic_shape:
         raise MixedAxesError
@@ -186,9 +207,8 @@ def reduce_sum(context, eqn, weight):
         return Factor(jnp.sum(factor.array, axis=own), left).relabel(kept.index)
 
     def summed(weight: Weight) -> Weight:
-        return weight.rearrange(
-            eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], move, [(i,) for i in kept]
-        )
+        run = on_arrays(context, eqn, move)
+        return weight.rearrange(eqn.outvars[0].aval, run, [(i,) for i in kept])
 
     kept = [i for i in range(len(weight.shape)) if i not in axes]
     out = summed(weight)
@@ -205,9 +225,8 @@ def tile(context, eqn, weight):
         own = [1 if a == RANK else eqn.params["reps"][a] for a in factor.axes]
         return Factor(jnp.tile(factor.array, own), factor.axes)
 
-    out = weight.rearrange(
-        eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], move, same_axes(eqn)
-    )
+    run = on_arrays(context, eqn, move)
+    out = weight.rearrange(eqn.outvars[0].aval, run, same_axes(eqn))
     return [out.replace(terms=tuple(t.repeated() for t in out.terms))]
 
 
@@ -222,9 +241,8 @@ def convert_element_type(context, eqn, weight):
     new = jnp.dtype(eqn.params["new_dtype"])
     if new.name not in FLOATS or jnp.dtype(weight.dtype).name not in FLOATS:
         return NotImplemented
-    cast = weight.rearrange(
-        eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], lambda f: f, same_axes(eqn)
-    )
+    run = on_arrays(context, eqn, lambda factor: factor)
+    cast = weight.rearrange(eqn.outvars[0].aval, run, same_axes(eqn))
     return [cast.replace(dtype=new)]
 
 
@@ -270,12 +288,13 @@ def sharding_constraint(context, eqn, weight):
             params["unconstrained_dims"] = {i for i, a in enumerate(axes) if a in free}
         return eqn.primitive.bind(array, **params)
 
-    placed = weight.rearrange(
-        eqn.outvars[0].aval,
-        lambda array: context.run(eqn, [array])[0],
-        lambda factor: Factor(to(factor.array, factor.axes), factor.axes),
-        same_axes(eqn),
-    )
+    def move(factor: Factor) -> Factor:
+        if factor.is_array(len(weight.shape)) and factor.in_order():
+            (array,) = context.run(eqn, [factor.array])
+            return Factor(array, factor.axes)
+        return Factor(to(factor.array, factor.axes), factor.axes)
+
+    placed = weight.rearrange(eqn.outvars[0].aval, move, same_axes(eqn))
     if eqn.primitive.name == "reshard":  # scalars too must be of the mesh that it moves to
         placed = jax.tree.map(lambda a: a if a.ndim else to(a, ()), placed)
     return [placed]

@@ -40,13 +40,21 @@ def gather(context, eqn, weight, indices):
         for term in weight.terms:
             if not (term.whole or term.stored) and set(indexed) - term.factor_axes():
                 return NotImplemented  # the delta is constant there, and 0 where the index is out
+
+    def move(factor: Factor) -> Factor:
+        if not factor.is_array(len(weight.shape)):
+            # Where an index is out of bounds the weight's own fill value stands, so the delta is 0.
+            return _gather_factor(factor, eqn, indices, fill=0)
+        if not factor.in_order():
+            return _gather_factor(factor, eqn, indices, eqn.params["fill_value"])
+        (array,) = context.run(eqn, [factor.array, indices])
+        return Factor(array, tuple(range(array.ndim)))
+
     # Beside axes of which one entry is picked, a window over others is a choice of columns.
     rows = [a for a in indexed if a in dims.collapsed_slice_dims] or indexed
     return _pick(
         context, eqn, weight, indexed, rows, dims.operand_batching_dims,
-        lambda array: context.run(eqn, [array, indices])[0],
-        lambda factor: _gather_factor(factor, eqn, indices),
-        held,
+        move, held,
     )  # fmt: skip
 
 
@@ -71,39 +79,32 @@ def dynamic_slice(context, eqn, weight, *starts):
     def move(factor: Factor) -> Factor:
         own = [starts[0] * 0 if a == RANK else starts[a] for a in factor.axes]
         shape = [factor.size(RANK) if a == RANK else sizes[a] for a in factor.axes]
-        return Factor(lax.dynamic_slice(factor.array, own, shape), factor.axes)
+        array = lax.dynamic_slice(factor.array, own, shape, allow_negative_indices=False)
+        return Factor(array, factor.axes)
 
-    return _pick(
-        context, eqn, weight, cut, cut, (),
-        lambda array: context.run(eqn, [array, *starts])[0], move,
-        [(i,) for i in range(len(weight.shape))],
-    )  # fmt: skip
+    held = [(i,) for i in range(len(weight.shape))]
+    return _pick(context, eqn, weight, cut, cut, (), move, held)
 
 
 def _pick(
     context: Any, eqn: Any, weight: Weight, indexed: Sequence[int], rows: Sequence[int],
-    batch: Sequence[int], run: Any, move: Any, held: Any,
+    batch: Sequence[int], move: Any, held: Any,
 ):  # fmt: skip
     aval = eqn.outvars[0].aval
     if not indexed:
-        return [weight.rearrange(aval, run, move, held)]
+        return [weight.rearrange(aval, move, held)]
     if context.stays_weight(eqn.primitive.name, weight, indexed):
         origins = tuple(
             dataclasses.replace(o, picked=o.on_leaf(rows), picked_by=eqn.primitive.name)
             for o in weight.origins
         )
-        picked = weight.replace(origins=origins).rearrange(aval, run, move, held)
+        picked = weight.replace(origins=origins).rearrange(aval, move, held)
         return [picked.replace(terms=tuple(t.repeated() for t in picked.terms))]
     terms = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
     accumulate = accumulator(aval.dtype)
     parts, low_rank = [], False
     for term in terms:
-        if isinstance(term, Dense) and term.turned is not None:
-            # From where it is stored: its transpose may be a copy of the whole of it.
-            found = move(Factor(term.turned, (1, 0))).spread(range(aval.ndim), aval.shape)
-            parts.append(_filled(found, eqn, weight, indexed, move))
-            continue
-        moved = term.rearrange(run, move)
+        moved = term.rearrange(move)
         if isinstance(moved, Dense):
             parts.append(moved.array)
         elif isinstance(moved, LowRank):
@@ -168,7 +169,7 @@ def _offset_positions(eqn: Any) -> dict[int, int]:
     return dict(zip(kept, dims.offset_dims, strict=True))
 
 
-def _gather_factor(factor: Factor, eqn: Any, indices: Array) -> Factor:
+def _gather_factor(factor: Factor, eqn: Any, indices: Array, fill: Any) -> Factor:
     """Returns a factor indexed as the weight is, along the axes that the factor has."""
     p = eqn.params
     dims, sizes = p["dimension_numbers"], p["slice_sizes"]
@@ -220,7 +221,6 @@ def _gather_factor(factor: Factor, eqn: Any, indices: Array) -> Factor:
         unique_indices=p["unique_indices"] and whole,
         indices_are_sorted=p["indices_are_sorted"] and whole,
         mode=p["mode"],
-        # Where an index is out of bounds the weight's own fill value stands, so the delta is 0.
-        fill_value=0,
+        fill_value=fill,
     )
     return Factor(array, (*batch, *kept))

@@ -226,13 +226,13 @@ class _Stack:
             return factor.relabel(lambda axis: axis - 1)
 
         def first(weight: Weight) -> Weight:
-            moved = weight.rearrange(one, lambda a: a[0], step, same[1:])
+            moved = weight.rearrange(one, step, same[1:])
             return jax.tree.map(lambda a: a[0] if is_key(a) else a, moved)
 
         keyed = weight.replace(terms=tuple(t.fold(jnp.arange(length)) for t in weight.terms))
-        stacked = keyed.rearrange(whole, lambda a: a, front, same)
+        stacked = keyed.rearrange(whole, front, same)
         marked = stacked.rearrange(
-            whole, lambda a: mark, lambda f: Factor(mark if 0 in f.axes else f.array, f.axes), same
+            whole, lambda f: Factor(mark if 0 in f.axes else f.array, f.axes), same
         )
         return cls(
             jax.tree.leaves(stacked),

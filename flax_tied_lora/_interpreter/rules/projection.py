@@ -35,23 +35,20 @@ from flax_tied_lora._tree.sharding import explicit, placed_as, split, varying
 
 def serve(
     context: Any, eqn: Any, weight: Weight, x: Any, terms: Sequence[Term],
-    dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Any], Any],
+    dense: Callable[[Factor], Array], low_rank: Callable[[LowRank, Any, Any], Any],
     scale: Array | None = None, rows: Callable[[Rows, Any], Any] | None = None,
     quantized: Callable[[Quantized, Array], Array] | None = None,
-    turned: Callable[[Array], Array] | None = None,
 ) -> Array:  # fmt: skip
     """Returns the sum over terms of a product with data, cast once to the equation's dtype.
 
     Args:
-      dense: the product with an array of the weight's shape.
+      dense: the product with an array over the weight's axes, as it is stored.
       low_rank: the product with a delta, or a function that adds it to a result; called with the
         term, the data, and the sharding that the result must have, or None.
       scale: multiplied in before that cast.
       rows: returns a function that adds the product with replaced rows to a result; None where
         there is none.
       quantized: the product with a weight that is stored quantised; None where there is none.
-      turned: the product with a matrix of which the weight is the transpose; None where there is
-        none.
     """
     aval, accumulate = eqn.outvars[0].aval, accumulator(eqn.outvars[0].aval.dtype)
     parts, adders, wide = [], [], False
@@ -77,12 +74,10 @@ def serve(
             with contextlib.suppress(MixedAxesError):
                 parts.append(quantized(term, plain))
                 continue
-        if isinstance(term, Dense) and term.turned is not None and turned is not None:
-            parts.append(turned(lax.convert_element_type(term.turned, weight.dtype)))
-            continue
-        if not term.whole:
+        if not isinstance(term, Dense):
             context.added_up(eqn.primitive.name, weight, [term])
-        parts.append(dense(term.dense(weight.shape, weight.dtype)))
+            term = Dense.of(term.dense(weight.shape, weight.dtype))
+        parts.append(dense(term.factor.astype(weight.dtype)))
     if len(parts) == 1 and parts[0].dtype == aval.dtype and scale is None and not adders:
         return parts[0]
     out = add([lax.convert_element_type(p, accumulate) for p in parts])
@@ -145,21 +140,15 @@ def dot_general(context, eqn, lhs, rhs):
     if scale is not None and before:
         x = _scaled(x, names, scale, operation_dtype(x.dtype, weight.dtype))
 
-    def dense(array: Array, numbers: Any = eqn.params["dimension_numbers"]) -> Array:
+    def dense(factor: Factor) -> Array:
         if isinstance(x, Weight):
-            operands = [array, x] if first else [x, array]
-            return context.apply(eqn, operands)[0]
+            array = factor.ordered(range(len(weight.shape))).array
+            return context.apply(eqn, [array, x] if first else [x, array])[0]
+        array, numbers = _as_stored(factor, eqn.params["dimension_numbers"], own)
         pair = (array, x) if first else (x, array)
         alone = len(terms) == 1 and (scale is None or before)
         kind = eqn.params["preferred_element_type"] if alone else accumulate
         return lax.dot_general(*pair, numbers, **params, preferred_element_type=kind)
-
-    def turned(matrix: Array) -> Array:
-        # As it is stored: XLA for the CPU copies the transpose of a table that a vector is
-        # multiplied with, and before a loop all of it.
-        axes = tuple(1 - i for i in summed)
-        pair = (axes, contracting[1]) if first else (contracting[0], axes)
-        return dense(matrix, (pair, ((), ())))
 
     def low_rank(term: LowRank, data: Any, sharding: Any) -> Any:
         options = {"accumulate": accumulate, "precision": params["precision"]}
@@ -197,10 +186,7 @@ def dot_general(context, eqn, lhs, rhs):
         if served is not None:
             return [served]
     after = None if scale is None or before else scale.spread(order, eqn.outvars[0].aval.shape)
-    as_stored = turned if len(summed) == 1 and not batch and not isinstance(x, Weight) else None
-    return [
-        serve(context, eqn, weight, x, terms, dense, low_rank, after, rows, quantized, as_stored)
-    ]
+    return [serve(context, eqn, weight, x, terms, dense, low_rank, after, rows, quantized)]
 
 
 def _together(
@@ -210,8 +196,6 @@ def _together(
     """Returns the product with an array and one delta, or None where there is something else."""
     if len(terms) != 2 or not isinstance(terms[0], Dense) or not isinstance(terms[1], LowRank):
         return None
-    if terms[0].turned is not None:
-        return None  # its own product is not that of the equation
     term, near, far = terms[1], terms[1].a, terms[1].b
     if not times_chain(Factor(x, tuple(names)), near, far, order):
         near, far = far, near
@@ -220,17 +204,42 @@ def _together(
     )
     if logits_product.is_wide(far, rows) or not form.fits():
         return None
-    array = terms[0].dense(weight.shape, weight.dtype)
+    array, numbers = _as_stored(
+        terms[0].factor.astype(weight.dtype), eqn.params["dimension_numbers"], 0 if first else 1
+    )
     if any(split(a) is not None for a in (x, array, near.array, far.array)):
         return None
     _refuse_differentiated(context, term)
     data = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
     data = dropped(term, data) if term.key is not None else data
-    kept = ("dimension_numbers", "out_sharding", "precision")
+    kept = [
+        ("dimension_numbers", numbers),
+        *((k, eqn.params[k]) for k in ("out_sharding", "precision")),
+    ]
     return kernel_product.served(
-        form, tuple((k, eqn.params[k]) for k in kept), eqn.outvars[0].aval.dtype,
+        form, tuple(kept), eqn.outvars[0].aval.dtype,
         (array, x) if first else (x, array), data, near.array, far.array, term.scaling,
     )  # fmt: skip
+
+
+def _as_stored(factor: Factor, numbers: Any, operand: int) -> tuple[Array, Any]:
+    """Returns a weight's array as it is stored, and the numbers of its product's dimensions so.
+
+    XLA for the CPU copies the transpose of a table that a vector is multiplied with, and before a
+    loop all of it. Where axes that are kept would change places, they are put in order.
+
+    Args:
+      numbers: the dimension numbers for the array with its axes in order.
+      operand: which operand of the product it is.
+    """
+    gone = {i for pair in numbers for i in pair[operand]}
+    kept = [a for a in factor.axes if a not in gone]
+    if kept != sorted(kept):
+        factor = factor.ordered(range(len(factor.axes)))
+    moved = [list(pair) for pair in numbers]
+    for pair in moved:
+        pair[operand] = tuple(factor.axes.index(i) for i in pair[operand])
+    return factor.array, tuple(map(tuple, moved))
 
 
 def without_dropout(term: Term) -> Term:

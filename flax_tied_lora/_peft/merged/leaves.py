@@ -211,9 +211,4 @@ def _slice(weight: Weight, axis: int, index: int) -> Weight:
 
     kept = [i for i in range(len(weight.shape)) if i != axis]
     aval = jax.ShapeDtypeStruct(tuple(weight.shape[i] for i in kept), weight.dtype)
-    return weight.rearrange(
-        aval,
-        lambda array: lax.index_in_dim(array, index, axis, keepdims=False),
-        move,
-        [(i,) for i in kept],
-    )
+    return weight.rearrange(aval, move, [(i,) for i in kept])
