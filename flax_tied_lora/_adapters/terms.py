@@ -13,6 +13,7 @@ from jax import lax
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._algebra.factor import RANK, Factor, accumulator, contract
+from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._algebra.quantized import Quantized, frozen
 from flax_tied_lora._algebra.quantized_product import product, squares
 from flax_tied_lora._algebra.rows import Rows
@@ -231,14 +232,15 @@ def _norms_and_product(
     order = (*keep, RANK)
     if is_quantized(array):
         term = Quantized.of(array)
-        options: dict[str, Any] = {"dtype": array.dtype, "accumulate": accumulate}
+        what = Product(a.axes, order, accumulate, None)
+        out_sharding = None
         own = explicit(jax.typeof(array.values))
         summed = functools.partial(squares, keep=keep, accumulate=accumulate)
         if own is not None:
             names = [own.spec[i] for i in keep]
-            options["out_sharding"] = jax.NamedSharding(own.mesh, jax.P(*names, None))
+            out_sharding = jax.NamedSharding(own.mesh, jax.P(*names, None))
             summed = automatic(summed, jax.NamedSharding(own.mesh, jax.P(*names)))
-        both = summed(term), product(term, a.array, a.axes, order, **options)
+        both = summed(term), product(term, a.array, what, array.dtype, out_sharding)
         return jax.tree.map(lax.stop_gradient, (both[0], Factor(both[1], order)))
     w = Factor(lax.stop_gradient(array), tuple(range(array.ndim))).astype(accumulate)
     left = tuple(i for i in w.axes if i in keep)

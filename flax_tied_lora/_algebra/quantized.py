@@ -106,10 +106,10 @@ class Quantized(Term):
         return axes[0], not isinstance(moved[0].array, Array)
 
     def dense(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        whole = self.added_up(dtype).spread(range(len(shape)), shape)
+        whole = self.dequantised(dtype).spread(range(len(shape)), shape)
         return lax.convert_element_type(whole, dtype)
 
-    def added_up(self, dtype: Any) -> Factor:
+    def dequantised(self, dtype: Any) -> Factor:
         """Returns the dequantised weight over the axes that it has, as it is in a dtype."""
         axes = self.values.axes
         scales = self.scales.ordered(axes)

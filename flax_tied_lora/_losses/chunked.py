@@ -17,9 +17,10 @@ import numpy as np
 from jax import Array, lax
 
 from flax_tied_lora._algebra.factor import accumulator
+from flax_tied_lora._algebra.for_cpu import at_places, by_rows
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.context import Context
-from flax_tied_lora._losses.splitting import by_chunks, by_rows
+from flax_tied_lora._losses.splitting import by_chunks
 from flax_tied_lora._tree.sharding import share_names, split, vary, varying
 
 
@@ -184,10 +185,7 @@ def _picked(at: _Logits) -> Array:
     if split(at.values) is not None:
         hot = _hot(at.values, at.places)
         return at.over(jnp.sum(jnp.where(hot, at.values, 0), axis=-1))
-    # Not that sum: XLA for the CPU makes an array of a chunk's size for it.
-    here = (at.places >= 0) & (at.places < at.values.shape[-1])
-    out = jnp.take_along_axis(at.values, at.places[:, None], axis=-1, mode="clip")[:, 0]
-    return at.over(jnp.where(here, out, 0))
+    return at.over(at_places(at.values, at.places))
 
 
 def _values(loss: Loss, at: _Logits) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._tree.sharding import automatic_parts, explicit, parts, single
+from flax_tied_lora._algebra.for_cpu import ROWS
+from flax_tied_lora._tree.sharding import automatic_parts, explicit, parts
 
 # Tokens of a chunk: a sixteenth of all, within these bounds in each lane. Fewer than 128 leave
 # products too thin to be worth reading the table for; more than 1,024 gain nothing.
 SHARE, LEAST, MOST = 16, 128, 1024
 
-# Rows of a chunk's logits whose gradient is computed at the same time, on the CPU, and of how many
-# chunks: of more, a chunk's memory is little beside all that the logits would take.
-ROWS, FEW_CHUNKS = 8, 4
+# Of so few chunks a chunk's gradient is to have the memory of its logits: of more, a chunk's memory
+# is little beside all that the logits would take.
+FEW_CHUNKS = 4
 
 
 def lanes_of(hidden: Array) -> int:
@@ -104,29 +104,6 @@ def by_chunks(
     if start is None:
         return joined
     return joined, [jnp.sum(x, axis=0) for x in ends] if lead else ends
-
-
-def by_rows(function: Callable[..., Array], array: Array, *beside: Array) -> Array:
-    """Returns a function of an array's rows, [rows, columns], and of what is beside each of them.
-
-    The result has the array's memory, if nothing reads that later. XLA for the CPU does not see to
-    it where the array is a loop's; a loop over a few rows at a time does.
-    """
-    rows = array.shape[0]
-    size = next((n for n in range(min(rows, ROWS), 0, -1) if rows % n == 0), rows)
-    if size == rows or not single(array):
-        return function(array, *beside)
-
-    def in_place(array: Array, *beside: Array) -> Array:
-        def body(i: Any, array: Array) -> Array:
-            take = functools.partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
-            own = [take(x, i * size, size) for x in (array, *beside)]
-            put = lax.dynamic_update_slice_in_dim
-            return put(array, function(*own), i * size, 0, allow_negative_indices=False)
-
-        return lax.fori_loop(0, rows // size, body, array)
-
-    return lax.platform_dependent(array, *beside, cpu=in_place, default=function)
 
 
 def _on_lanes(x: Array, tokens: Array) -> Array:

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flax_tied_lora._algebra.factor import RANK, Factor, accumulator
+from flax_tied_lora._algebra.for_cpu import joins_tokens, tokens_joined
 from flax_tied_lora._algebra.site_filter import LOOKUP
 from flax_tied_lora._algebra.weight import Dense, LowRank, Weight, add
 from flax_tied_lora._interpreter.registry import rule
-from flax_tied_lora._tree.sharding import single
 
 
 @rule("gather")
@@ -130,16 +130,13 @@ def _pick(
 
 
 def _product(term: LowRank, aval: Any) -> Array:
-    """Returns the delta of what was picked, [..., columns], over one axis of tokens if it can be.
-
-    XLA for the CPU copies what a factor's gradient is summed of over two; over one it does not.
-    """
+    """Returns the delta of what was picked, [..., columns]; over one axis of tokens if it can."""
     count = aval.ndim - 1
     picked, other = (term.a, term.b) if 0 in term.a.axes else (term.b, term.a)
     alone = picked.axes == (*range(count), RANK) and {*other.axes} == {count, RANK}
-    if count < 2 or not alone or not single(picked.array):
+    if not alone or not joins_tokens(picked.array, count):
         return term.product(range(aval.ndim), aval.shape, aval.dtype)
-    rows = Factor(picked.array.reshape(-1, picked.size(RANK)), (0, RANK))
+    rows = Factor(tokens_joined(picked.array, count), (0, RANK))
     flat = LowRank(rows, other.relabel(lambda _: 1), term.scaling, None, term.group)
     shape = (rows.size(0), other.size(count))
     return flat.product(range(2), shape, aval.dtype).reshape(aval.shape)
