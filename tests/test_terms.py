@@ -22,7 +22,7 @@ TABLE = jax.random.normal(jax.random.key(0), (V, D))
 EXTRA = jax.random.normal(jax.random.key(1), (V, D))
 IDS = jnp.array([3, 0, 3, 11])
 X = jax.random.normal(jax.random.key(2), (4, D))
-INFO = {"embed": LeafInfo((0,), (1,), (), True)}
+INFO = {"embed": LeafInfo((0,), (), True)}
 
 
 @pytree()

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flax_tied_lora._algebra import kernel_product, logits_product
-from flax_tied_lora._algebra.factor import RANK, Axis, Factor, MixedAxesError, contract, times_chain
+from flax_tied_lora._algebra.factor import RANK, Axis, Factor, NotServedError, contract, times_chain
 from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._algebra.weight import Dense, LowRank, Term, Weight, add
 from flax_tied_lora._tree.sharding import split
@@ -110,7 +110,7 @@ def of_weight(product: Product, weight: Weight, term: LowRank, shape: tuple[int,
     """Returns the product of another weight with a delta, whose nearer factor meets it first.
 
     Raises:
-      MixedAxesError: it is summed over an axis along which one of the two is constant.
+      NotServedError: it is summed over an axis along which one of the two is constant.
     """
     labels = product.data
     first, second = (term.a, term.b) if {*labels} & {*term.a.axes} else (term.b, term.a)
@@ -120,7 +120,7 @@ def of_weight(product: Product, weight: Weight, term: LowRank, shape: tuple[int,
         if isinstance(part, LowRank):
             varying = {labels[a] for f in (part.a, part.b) for a in f.axes if a != RANK}
         if not product.contracting <= varying & {*first.axes, *second.axes}:
-            raise MixedAxesError
+            raise NotServedError
         if isinstance(part, LowRank):
             one, other = (_of_other(f, labels) for f in (part.a, part.b))
             if not {*one.axes} & {*first.axes}:

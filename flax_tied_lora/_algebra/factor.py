@@ -58,8 +58,8 @@ def operation_dtype(data: Any, weight: Any) -> Any:
     return np.promote_types(data, weight) if np.dtype(data).name in FLOATS else np.dtype(weight)
 
 
-class MixedAxesError(Exception):
-    """Rows and columns would end up in one axis: the factors cannot follow."""
+class NotServedError(Exception):
+    """A rule's no: the parts of a weight cannot follow an operation, so it is materialised."""
 
 
 @pytree("axes")

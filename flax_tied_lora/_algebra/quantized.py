@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import RANK, Axis, Factor, MixedAxesError, pytree, take
+from flax_tied_lora._algebra.factor import RANK, Axis, Factor, NotServedError, pytree, take
 from flax_tied_lora._algebra.site_filter import SiteFilter
 from flax_tied_lora._algebra.weight import Dense, Term
 from flax_tied_lora._tree.quantized_array import (
@@ -81,7 +81,7 @@ class Quantized(Term):
                 return move(factor)
             moved = move(factor.relabel(lambda a: RANK if a == self.axis else a))
             if axis in moved.axes:
-                raise MixedAxesError  # walked in step with what was picked
+                raise NotServedError  # walked in step with what was picked
             return Factor(moved.array, tuple(axis if a == RANK else a for a in moved.axes))
 
         return dataclasses.replace(self.each(passive), axis=axis)
@@ -90,7 +90,7 @@ class Quantized(Term):
         """Returns where an operation puts the axis of the blocks; whether it moves marks, no array.
 
         Raises:
-          MixedAxesError: it takes blocks apart.
+          NotServedError: it takes blocks apart.
         """
         size, moved = self.size(self.axis), []
 
@@ -102,7 +102,7 @@ class Quantized(Term):
         (axes,) = [m.axes for m in moved]
         done = {eqn.primitive.name for eqn in made.jaxpr.eqns}
         if len(axes) != 1 or made.out_avals[0].shape != (size,) or not done <= _HARMLESS:
-            raise MixedAxesError
+            raise NotServedError
         return axes[0], not isinstance(moved[0].array, Array)
 
     def dense(self, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -123,7 +123,7 @@ class Quantized(Term):
     def times(self, scale: Factor) -> Quantized:
         if set(scale.axes) <= set(self.scales.axes) - {self.axis}:
             return dataclasses.replace(self, scales=self.scales.times(scale))
-        raise MixedAxesError
+        raise NotServedError
 
     def each(self, change: Callable[[Factor], Factor]) -> Quantized:
         """Returns the term with each of its factors changed."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import Axis, Factor, MixedAxesError, contract
+from flax_tied_lora._algebra.factor import Axis, Factor, NotServedError, contract
 from flax_tied_lora._algebra.for_cpu import waited_for
 from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._algebra.quantized import Quantized
@@ -56,11 +56,11 @@ def product(
       out_sharding: of the result on Explicit mesh axes, else None.
 
     Raises:
-      MixedAxesError: the weight does not vary along one of its axes.
+      NotServedError: the weight does not vary along one of its axes.
     """
     known = {*product.data, *term.values.axes}
     if {*product.order} - known or product.contracting - {*term.values.axes}:
-        raise MixedAxesError
+        raise NotServedError
     placed = _Placed(product, dtype, out_sharding, explicit(jax.typeof(data)))
     return _product(placed, data, jax.tree.map(lax.stop_gradient, term))
 

@@ -18,7 +18,7 @@ from flax_tied_lora._algebra.factor import (
     RANK,
     Axis,
     Factor,
-    MixedAxesError,
+    NotServedError,
     accumulator,
     contract,
     pytree,
@@ -108,16 +108,16 @@ class Rows(Term):
             wide = accumulator(scale.array.dtype)
             each = jnp.take(scale.array.astype(wide), self.positions(), mode="fill", fill_value=0)
             return dataclasses.replace(self, values=self.values.times(Factor(each, (RANK,))))
-        raise MixedAxesError
+        raise NotServedError
 
     def positions(self) -> Array:
         """Returns for each slot where its row is now; past the end where it is gone.
 
         Raises:
-          MixedAxesError: rows are spread over several axes, or may be in several places.
+          NotServedError: rows are spread over several axes, or may be in several places.
         """
         if len(self.slots.axes) != 1 or not self.unique:
-            raise MixedAxesError
+            raise NotServedError
         slots, count = self.slots.array, self.values.size(RANK)
         past = jnp.full((count,), slots.shape[0], jnp.int32)
         target = jnp.where(slots > 0, slots - 1, count)
@@ -136,19 +136,19 @@ def product(
       shape: of the result.
 
     Raises:
-      MixedAxesError: the rows cannot follow.
+      NotServedError: the rows cannot follow.
     """
     options: dict[str, Any] = {"accumulate": product.accumulate, "precision": product.precision}
     order = product.order
     if product.contracting - {*term.values.axes, *term.slots.axes}:
-        raise MixedAxesError  # summed over an axis along which the rows do not vary
+        raise NotServedError  # summed over an axis along which the rows do not vary
     factor, values = Factor(data, product.data), term.values.astype(data.dtype)
     if not term.slots.axes:
         part = contract(factor, term.delta().astype(data.dtype), order, **options)
         return lambda out: out + part.spread(order, shape).astype(out.dtype)
     (axis,) = term.slots.axes if len(term.slots.axes) == 1 else (None,)
     if axis is None or axis in values.axes or (axis in product.data) == (axis in order):
-        raise MixedAxesError
+        raise NotServedError
     if axis in product.data:
         part = contract(_of_slots(term, factor, axis), values, order, **options)
         return lambda out: out + part.spread(order, shape).astype(out.dtype)

@@ -21,7 +21,7 @@ from jax import Array, lax
 from flax_tied_lora._algebra.factor import (
     Axis,
     Factor,
-    MixedAxesError,
+    NotServedError,
     accumulator,
     contract,
     pytree,
@@ -53,7 +53,7 @@ class Term(abc.ABC):
           move: the operation, on an array that has some of the weight's axes.
 
         Raises:
-          MixedAxesError: the parts cannot follow the operation.
+          NotServedError: the parts cannot follow the operation.
         """
 
     @abc.abstractmethod
@@ -169,7 +169,7 @@ class LowRank(Term):
             factor: Factor = getattr(self, field)
             if set(scale.axes) <= set(factor.axes):
                 return dataclasses.replace(self, **{field: factor.times(scale)})
-        raise MixedAxesError
+        raise NotServedError
 
     def fold(self, data):
         if self.key is None:
@@ -236,10 +236,10 @@ class Weight:
         What is for some call sites only stays among the others.
 
         Raises:
-          MixedAxesError: the frozen weight is no array, so that there is nothing to put deltas on.
+          NotServedError: the frozen weight is no array, so that there is nothing to put deltas on.
         """
         if any(t.stored for t in self.terms):
-            raise MixedAxesError
+            raise NotServedError
         dense = [t.array for t in self.terms if isinstance(t, Dense) and t.sites is None]
         others = tuple(t for t in self.terms if not isinstance(t, Dense) or t.sites is not None)
         return add(dense) if dense else jnp.zeros(self.shape, self.dtype), others
@@ -255,7 +255,7 @@ class Weight:
           axes: for each axis of the result, the axes of this weight that it holds.
 
         Raises:
-          MixedAxesError: a term cannot follow.
+          NotServedError: a term cannot follow.
         """
         return Weight(
             terms=tuple(term.rearrange(move) for term in self.terms),

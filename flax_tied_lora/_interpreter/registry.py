@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn, Primitive
 
-from flax_tied_lora._algebra.factor import MixedAxesError
+from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.weight import Weight
 
 Rule = Callable[..., Any]
@@ -99,7 +99,7 @@ def apply(context: Any, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     if found is not None:
         try:
             outputs = found(context, eqn, *operands)
-        except MixedAxesError:
+        except NotServedError:
             outputs = NotImplemented
         if outputs is not NotImplemented:
             return list(outputs)

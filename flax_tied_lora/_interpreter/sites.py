@@ -178,14 +178,13 @@ def module_scope(*stacks: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LeafInfo:
-    """What is known of an adapted leaf: which of its axes are rows, columns and batch.
+    """What is known of an adapted leaf that its terms do not say: a copy has no factors.
 
     Attributes:
-      rows, cols, batch: axes in the leaf's own layout.
+      rows, batch: axes in the leaf's layout.
       is_table: rows are picked from it by index.
     """
 
     rows: tuple[int, ...]
-    cols: tuple[int, ...]
     batch: tuple[int, ...] = ()
     is_table: bool = False

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._algebra.weight import Dense, Weight
 from flax_tied_lora._interpreter.costs import Cost, cost, cost_of
@@ -23,9 +24,9 @@ def linear_cross_entropy(context, eqn, *operands):
     loss, mapped = eqn.params["loss"], eqn.params["mapped"]
     *others, table = operands
     if loss.table.num_leaves != 1:
-        return NotImplemented  # it has been given in parts already
+        raise NotServedError  # it has been given in parts already
     if isinstance(others[0], Weight):
-        return NotImplemented
+        raise NotServedError
     others = [context.dense(eqn, x) if isinstance(x, Weight) else x for x in others]
     if not isinstance(table, Weight):
         return [linear_cross_entropy_p.bind(*others, table, **eqn.params)]
@@ -34,7 +35,7 @@ def linear_cross_entropy(context, eqn, *operands):
         plain = functools.partial(computed, loss=loss, mapped=mapped)
         return [context.evaluate(plain, *others, table)]
     if _has_to_be_dense(context, loss, others[0], table):
-        return NotImplemented
+        raise NotServedError
     width = 1 - loss.vocab_axis
     terms = context.read(NAME, table, PROJECTION, rows=[width], cols=[loss.vocab_axis])
     own = table.replace(terms=tuple(dataclasses.replace(t, sites=None) for t in terms))

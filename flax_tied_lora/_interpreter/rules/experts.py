@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import RANK, Axis, Factor, MixedAxesError, accumulator, contract
+from flax_tied_lora._algebra.factor import RANK, Axis, Factor, NotServedError, accumulator, contract
 from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._algebra.weight import LowRank, Weight
 from flax_tied_lora._interpreter.registry import rule
@@ -23,11 +23,11 @@ def ragged_dot(context, eqn, lhs, rhs, sizes, *offset):
     (_, contracting), (_, batch) = dims.dot_dimension_numbers
     groups = tuple(dims.rhs_group_dimensions)
     if isinstance(lhs, Weight) or batch or len(groups) != 1 or offset:
-        return NotImplemented
+        raise NotServedError
     rhs = rhs.folded()
     free = [i for i in range(len(rhs.shape)) if i not in (*contracting, *groups)]
     if lhs.ndim != 2 or len(free) != 1:
-        return NotImplemented
+        raise NotServedError
     terms = context.read(
         eqn.primitive.name, rhs, PROJECTION, rows=contracting, cols=free, batch=groups
     )
@@ -74,7 +74,7 @@ class _Grouped(Products):
         rows, group, free = {*self.contracting}, self.group, self.free
         first, second = (term.a, term.b) if rows <= {*term.a.axes} else (term.b, term.a)
         if {*first.axes} - {*rows, group, RANK} or {*second.axes} - {free, group, RANK}:
-            raise MixedAxesError
+            raise NotServedError
         order = [RANK if i == free else i for i in range(len(self.weight.shape))]
         dims = self.eqn.params["ragged_dot_dimension_numbers"]
         hidden = self._product(data, first, order, dims)
@@ -96,7 +96,7 @@ class _Grouped(Products):
 def conv(context, eqn, lhs, rhs):
     """A convolution with the thin factor over the window, then a product over its channels."""
     if isinstance(lhs, Weight) or eqn.params["batch_group_count"] != 1:
-        return NotImplemented
+        raise NotServedError
     rhs = rhs.folded()
     out_axis, in_axis, *window = eqn.params["dimension_numbers"].rhs_spec
     rows = tuple(sorted((in_axis, *window)))
@@ -136,7 +136,7 @@ class _Convolutions(Products):
         out_axis, shape = self.out_axis, self.weight.shape
         first, second = (term.b, term.a) if out_axis in term.a.axes else (term.a, term.b)
         if out_axis in first.axes or {*second.axes} != {out_axis, RANK}:
-            raise MixedAxesError
+            raise NotServedError
         rank = first.size(RANK)
         thin = first.astype(data.dtype).spread(
             [RANK if i == out_axis else i for i in range(len(shape))],

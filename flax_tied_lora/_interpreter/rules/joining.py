@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._algebra.factor import Factor, MixedAxesError, accumulator
+from flax_tied_lora._algebra.factor import Factor, NotServedError, accumulator
 from flax_tied_lora._algebra.site_filter import OTHER
 from flax_tied_lora._algebra.weight import LowRank, Weight
 from flax_tied_lora._algebra.weight import add as total_of
@@ -45,7 +45,7 @@ def split(context, eqn, weight):
 @rule("pad")
 def pad(context, eqn, weight, value):
     if not isinstance(weight, Weight):
-        return NotImplemented
+        raise NotServedError
     margins = {i: c for i, c in enumerate(eqn.params["padding_config"]) if any(c)}
     dense, deltas = weight.folded().parted()
     # The delta of what is padded is 0, whatever the value.
@@ -97,7 +97,7 @@ def _padded(term: Any, margins: Mapping[int, Sequence[int]]) -> Any:
 
     padded = term.rearrange(move)
     if not set(margins) <= reached:
-        raise MixedAxesError  # the delta does not vary along an axis, so nothing of it can be 0
+        raise NotServedError  # the delta does not vary along an axis, so nothing of it can be 0
     return padded
 
 
@@ -107,7 +107,7 @@ def add(context, eqn, lhs, rhs):
     if not isinstance(lhs, Weight) or not isinstance(rhs, Weight):
         return _to_data(context, eqn, lhs, rhs)
     if lhs.shape != rhs.shape:
-        return NotImplemented
+        raise NotServedError
     left, right = lhs.folded(), rhs.folded()
     (left_dense, deltas), (right_dense, others) = left.parted(), right.parted()
     if eqn.primitive.name == "sub":
@@ -121,10 +121,10 @@ def _to_data(context, eqn, lhs, rhs):
     """A weight beside data, as a table of positions is: it is repeated, its delta is not."""
     weight = lhs if isinstance(lhs, Weight) else rhs
     if not any(t.group for t in weight.terms) or any(t.sites is not None for t in weight.terms):
-        return NotImplemented
+        raise NotServedError
     varying = {a for t in weight.terms if not t.whole for a in t.factor_axes()}
     if not any(n == 1 or i not in varying for i, n in enumerate(weight.shape)):
-        return NotImplemented  # not repeated: what is made is a matrix of the weight's size
+        raise NotServedError  # not repeated: what is made is a matrix of the weight's size
     terms = context.read(eqn.primitive.name, weight, OTHER)
     aval = eqn.outvars[0].aval
     accumulate, order = accumulator(aval.dtype), range(len(weight.shape))

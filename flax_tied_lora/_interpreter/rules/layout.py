@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._algebra.factor import FLOATS, RANK, Factor, MixedAxesError
+from flax_tied_lora._algebra.factor import FLOATS, RANK, Factor, NotServedError
 from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._algebra.weight import LowRank, Weight
 from flax_tied_lora._interpreter.registry import rule
@@ -57,7 +57,7 @@ def _layout(
         @rule(*names)
         def apply(context, eqn, weight, *others):
             if not isinstance(weight, Weight) or any(isinstance(x, Weight) for x in others):
-                return NotImplemented
+                raise NotServedError
 
             def moved(factor: Factor) -> Factor:
                 return move(factor, eqn, *others)
@@ -99,7 +99,7 @@ def _broadcast_axes(eqn: Any) -> Axes:
 @_layout("broadcast_in_dim", axes=_broadcast_axes, arrays=True)
 def broadcast_in_dim(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
     if dynamic_shape:
-        raise MixedAxesError
+        raise NotServedError
     dims, shape, operand = (
         eqn.params["broadcast_dimensions"], eqn.params["shape"], eqn.invars[0].aval.shape,
     )  # fmt: skip
@@ -125,7 +125,7 @@ def _reshape_groups(eqn: Any) -> list[tuple[list[int], list[int]]]:
                 outs.append(o)
                 o += 1
             else:
-                raise MixedAxesError  # an axis of size 0
+                raise NotServedError  # an axis of size 0
         groups.append((ins, outs))
     return groups
 
@@ -152,7 +152,7 @@ def _reshape_axes(eqn: Any) -> Axes:
 @_layout("reshape", axes=_reshape_axes, arrays=True)
 def reshape(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
     if dynamic_shape:
-        raise MixedAxesError
+        raise NotServedError
     before, after = _permuted(eqn), eqn.outvars[0].aval.shape
     factor = factor.relabel(_order(eqn).index)
     labels: list[Any] = []
@@ -163,7 +163,7 @@ def reshape(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
         if not present:
             continue
         if any(before[i] != 1 for i in ins if i not in present):
-            raise MixedAxesError  # rows and columns in one axis
+            raise NotServedError  # rows and columns in one axis
         labels += outs
     factor = drop(factor, unit)
     sources = sorted(a for a in factor.axes if a != RANK)
@@ -197,9 +197,9 @@ def reduce_sum(context, eqn, weight):
     for term in weight.terms:
         if not isinstance(term, LowRank):
             if not term.whole:
-                return NotImplemented
+                raise NotServedError
         elif any((i in term.a.axes) == (i in term.b.axes) for i in axes):
-            return NotImplemented
+            raise NotServedError
 
     def move(factor: Factor) -> Factor:
         own = [i for i, a in enumerate(factor.axes) if a in axes]
@@ -240,7 +240,7 @@ def rev(factor: Factor, eqn: Any) -> Factor:
 def convert_element_type(context, eqn, weight):
     new = jnp.dtype(eqn.params["new_dtype"])
     if new.name not in FLOATS or jnp.dtype(weight.dtype).name not in FLOATS:
-        return NotImplemented
+        raise NotServedError
     run = on_arrays(context, eqn, lambda factor: factor)
     cast = weight.rearrange(eqn.outvars[0].aval, run, same_axes(eqn))
     return [cast.replace(dtype=new)]
@@ -278,7 +278,7 @@ def sharding_constraint(context, eqn, weight):
     sharding = eqn.params[name]
     spec = getattr(sharding, "spec", None)
     if spec is None:
-        return NotImplemented
+        raise NotServedError
     whole = (*spec, *[None] * (len(weight.shape) - len(spec)))
 
     def to(array: Any, axes: Sequence[Any]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import RANK, Factor, accumulator
+from flax_tied_lora._algebra.factor import RANK, Factor, NotServedError, accumulator
 from flax_tied_lora._algebra.for_cpu import joins_tokens, tokens_joined
 from flax_tied_lora._algebra.site_filter import LOOKUP
 from flax_tied_lora._algebra.weight import Dense, LowRank, Weight, add
@@ -24,7 +24,7 @@ from flax_tied_lora._interpreter.registry import rule
 @rule("gather")
 def gather(context, eqn, weight, indices):
     if not isinstance(weight, Weight) or isinstance(indices, Weight):
-        return NotImplemented
+        raise NotServedError
     if weight.scale is not None and not _survives(eqn.params["fill_value"]):
         weight = weight.folded()  # what is filled in is not scaled
     dims = eqn.params["dimension_numbers"]
@@ -39,7 +39,7 @@ def gather(context, eqn, weight, indices):
     if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         for term in weight.terms:
             if not (term.whole or term.stored) and set(indexed) - term.factor_axes():
-                return NotImplemented  # the delta is constant there, and 0 where the index is out
+                raise NotServedError  # the delta is constant there, and 0 where the index is out
 
     def move(factor: Factor) -> Factor:
         if not factor.is_array(len(weight.shape)):
@@ -72,7 +72,7 @@ def _is_whole(eqn: Any, axis: int) -> bool:
 @rule("dynamic_slice")
 def dynamic_slice(context, eqn, weight, *starts):
     if not isinstance(weight, Weight):
-        return NotImplemented
+        raise NotServedError
     sizes = eqn.params["slice_sizes"]
     cut = [i for i, n in enumerate(weight.shape) if sizes[i] != n]
 

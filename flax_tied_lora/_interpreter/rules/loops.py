@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import Factor
+from flax_tied_lora._algebra.factor import Factor, NotServedError
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.inner import (
     evaluate_inner,
@@ -34,7 +34,7 @@ from flax_tied_lora._tree.keys import is_key
 def scan(context, eqn, *operands):
     p, inner, hot = eqn.params, eqn.params["jaxpr"], one_hot_operands(context, eqn)
     if p["length"] == 0:
-        return NotImplemented  # there is no slice to look at
+        raise NotServedError  # there is no slice to look at
     consts, init, xs = _scan_parts(eqn, operands)
     stacks = [_Stack.of(x, p["length"]) if isinstance(x, Weight) else x for x in xs]
     walked = [s.walked if isinstance(s, _Stack) else s for s in stacks]

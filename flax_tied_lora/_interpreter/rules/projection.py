@@ -14,7 +14,7 @@ from flax_tied_lora._algebra import rows as replaced_rows
 from flax_tied_lora._algebra.factor import (
     Axis,
     Factor,
-    MixedAxesError,
+    NotServedError,
     accumulator,
     operation_dtype,
 )
@@ -46,7 +46,7 @@ def dot_general(context, eqn, lhs, rhs):
     scale = weight.scale
     scaled = set() if scale is None else {*scale.axes}
     if not (scaled <= {*contracting, *batch} or scaled <= {*free, *batch}):
-        raise MixedAxesError
+        raise NotServedError
     lookup = context.picks_rows(weight, contracting, eqn.invars[1 - operand])
     terms = context.read(
         eqn.primitive.name, weight, LOOKUP if lookup else PROJECTION,

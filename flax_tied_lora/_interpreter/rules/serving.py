@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flax_tied_lora._algebra import logits_product
-from flax_tied_lora._algebra.factor import Factor, MixedAxesError, accumulator, operation_dtype
+from flax_tied_lora._algebra.factor import Factor, NotServedError, accumulator, operation_dtype
 from flax_tied_lora._algebra.quantized import Quantized
 from flax_tied_lora._algebra.rows import Rows
 from flax_tied_lora._algebra.weight import Dense, LowRank, Term, Weight, add
@@ -26,7 +26,7 @@ Part = Array | Callable[[Array], Array]
 class Products(abc.ABC):
     """The products that an equation is, with each kind of term.
 
-    What raises `MixedAxesError` has its term materialised instead; a delta has the whole weight so.
+    What raises `NotServedError` has its term materialised instead; a delta has the whole weight so.
     """
 
     @abc.abstractmethod
@@ -39,11 +39,11 @@ class Products(abc.ABC):
 
     def rows(self, term: Rows, data: Array) -> Part:
         """Returns the product with replaced rows."""
-        raise MixedAxesError
+        raise NotServedError
 
     def quantized(self, term: Quantized, data: Array) -> Part:
         """Returns the product with a weight that is stored quantised."""
-        raise MixedAxesError
+        raise NotServedError
 
 
 def serve(
@@ -92,7 +92,7 @@ def _part(
             data = dropped(term, data)
         return products.low_rank(term, data, split(before[0]) if before else None)
     if not isinstance(data, Weight):
-        with contextlib.suppress(MixedAxesError):
+        with contextlib.suppress(NotServedError):
             if isinstance(term, Rows):
                 return products.rows(term, data)
             if isinstance(term, Quantized):
