@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from flax_tied_lora._algebra.factor import RANK, Factor, pytree
-from flax_tied_lora._algebra.weight import Dense, LowRank, Origin, SiteFilter, Term, Weight
+from flax_tied_lora._algebra.site_filter import SiteFilter
+from flax_tied_lora._algebra.term import Dense, LowRank, Term
+from flax_tied_lora._algebra.weight import Origin, Weight
 from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import DensifyError

@@ -14,7 +14,7 @@ from flax_tied_lora._algebra.factor import RANK, Factor, accumulator, contract
 from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._algebra.quantized import Quantized
 from flax_tied_lora._algebra.quantized_product import product, squares
-from flax_tied_lora._algebra.weight import LowRank, Term
+from flax_tied_lora._algebra.term import LowRank, Term
 from flax_tied_lora._planning.plan import MAGNITUDE, GroupPlan
 from flax_tied_lora._tree.boxes import unboxed
 from flax_tied_lora._tree.quantized_array import is_quantized

@@ -16,7 +16,8 @@ from flax_tied_lora._algebra.factor import Factor
 from flax_tied_lora._algebra.quantized import frozen
 from flax_tied_lora._algebra.rows import Rows
 from flax_tied_lora._algebra.site_filter import SiteFilter
-from flax_tied_lora._algebra.weight import Dense, LowRank, Origin, Term, Weight
+from flax_tied_lora._algebra.term import Dense, LowRank, Term
+from flax_tied_lora._algebra.weight import Origin, Weight
 from flax_tied_lora._planning.fused import block
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._ties.find import Member

@@ -21,9 +21,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flax_tied_lora._algebra import kernel_product, logits_product
-from flax_tied_lora._algebra.factor import RANK, Axis, Factor, NotServedError, contract, times_chain
+from flax_tied_lora._algebra.factor import (
+    RANK,
+    Axis,
+    Factor,
+    NotServedError,
+    contract,
+    sum_of,
+    times_chain,
+)
 from flax_tied_lora._algebra.product import Product
-from flax_tied_lora._algebra.weight import Dense, LowRank, Term, Weight, add
+from flax_tied_lora._algebra.term import Dense, LowRank, Term
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._tree.sharding import split
 
 
@@ -132,7 +141,7 @@ def of_weight(product: Product, weight: Weight, term: LowRank, shape: tuple[int,
         out = _chained(product, chain)
         scaling = lax.convert_element_type(scaling, product.accumulate)
         parts.append(Factor(out.array * scaling, out.axes).spread(product.order, shape))
-    return add(parts)
+    return sum_of(parts)
 
 
 def _of_other(factor: Factor, labels: Sequence[Axis]) -> Factor:

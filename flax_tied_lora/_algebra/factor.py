@@ -114,6 +114,11 @@ class Factor:
         return Factor(product.astype(dtype), self.axes)
 
 
+def sum_of(arrays: Sequence[Array]) -> Array:
+    """Returns the sum of arrays of one shape: nothing is broadcast."""
+    return functools.reduce(lax.add, arrays)
+
+
 def take(array: Array, ids: Array, axis: int) -> Array:
     """Returns entries of an array along an axis, under Explicit axes replicated along it."""
     sharding = split(array)

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from flax_tied_lora._algebra.factor import RANK, Axis, Factor, NotServedError, pytree, take
 from flax_tied_lora._algebra.site_filter import SiteFilter
-from flax_tied_lora._algebra.weight import Dense, Term
+from flax_tied_lora._algebra.term import Dense, Term
 from flax_tied_lora._tree.quantized_array import (
     FOUR_BITS,
     QuantizedArray,

@@ -27,7 +27,7 @@ from flax_tied_lora._algebra.factor import (
 from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._algebra.quantized import rows as quantized_rows
 from flax_tied_lora._algebra.site_filter import SiteFilter
-from flax_tied_lora._algebra.weight import Term
+from flax_tied_lora._algebra.term import Term
 from flax_tied_lora._tree.quantized_array import is_quantized
 from flax_tied_lora._tree.sharding import automatic, explicit
 

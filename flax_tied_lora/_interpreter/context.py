@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,9 +12,10 @@ import jax
 from jax.extend.core import JaxprEqn, Var
 
 from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION
-from flax_tied_lora._algebra.weight import LowRank, Term, Weight
+from flax_tied_lora._algebra.term import LowRank, Term
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter import registry
-from flax_tied_lora._interpreter.costs import Cost, cost, total
+from flax_tied_lora._interpreter.costs import Cost, cost_beyond_plain, total
 from flax_tied_lora._interpreter.equations import run
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import DensifyError, densified
@@ -34,7 +37,7 @@ class Context:
     """What rules may ask of the evaluation that they are part of.
 
     Attributes:
-      on_dense: what to do where a weight has to be added up.
+      on_dense: what to do where a weight has to be materialised.
       leaves: what is known of each leaf.
       reads: the call sites met so far, in program order.
       memo: inner programs that were rebuilt already.
@@ -88,7 +91,7 @@ class Context:
         return jax.tree.unflatten(jax.tree.structure(shape), dense)
 
     def inside(self, reads: list[Read], provenance: Provenance, **changes: Any) -> Context:
-        """Returns the context of a program inside the current equation, with reads of its own."""
+        """Returns the context of a program inside the current equation, with its list of reads."""
         return dataclasses.replace(
             self, reads=reads, uncounted=[], outside=self.full_scope, here="",
             provenance=provenance, **changes,
@@ -113,8 +116,8 @@ class Context:
         for origin in weight.origins:
             touched, info = set(origin.on_leaf(indexed)), self.leaves.get(origin.leaf)
             if info is None:
-                # Nothing is known while a leaf's axes are being found out: what is cut out, or
-                # picked from three axes or more, may still be multiplied with.
+                # Nothing is known of a leaf whose axes are being told from its call sites: what is
+                # cut out, or picked from three axes or more, may still be multiplied with.
                 picks = operation == "gather" and len(weight.shape) < 3
             elif operation == "gather":
                 picks = not touched <= set(info.batch)
@@ -145,7 +148,7 @@ class Context:
         self, operation: str, weight: Weight, role: Any, *,
         rows: Sequence[int] = (), cols: Sequence[int] | None = None, batch: Sequence[int] = (),
     ) -> tuple[Term, ...]:  # fmt: skip
-        """Returns the terms that are there for a call site, which it notes down.
+        """Returns the terms that are for a call site, which it notes down.
 
         Args:
           operation: name of the primitive.
@@ -153,8 +156,8 @@ class Context:
         """
         if cols is None:
             cols = [i for i in range(len(weight.shape)) if i not in (*rows, *batch)]
-        found = LOOKUP if role == OTHER and all(o.picked for o in weight.origins) else role
-        terms = weight.at(self._forward(operation, found, weight), module_scope(self.full_scope))
+        meant = LOOKUP if role == OTHER and all(o.picked for o in weight.origins) else role
+        terms = weight.at(self._forward(operation, meant, weight), module_scope(self.full_scope))
         groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
         self.uncounted.append(len(self.reads))
         for origin in weight.origins:
@@ -190,23 +193,13 @@ class Context:
         if at is None:
             return
         self.uncounted[:] = [i for i in self.uncounted if i < before]
-        served = self._cost(eqn, operands)
-        plain = self._cost(eqn, [_unadapted(x) for x in operands])
-        inside = total(Cost(r.flops, r.bytes) for r in self.reads[before:])
-        flops, size = (max(s - p - i, 0) for s, p, i in zip(served, plain, inside, strict=True))
-        self.reads[at] = dataclasses.replace(self.reads[at], flops=flops, bytes=size)
-
-    def _cost(self, eqn: JaxprEqn, operands: Sequence[Any]) -> Cost:
-        """Returns what the program costs that serves an equation."""
-        context = dataclasses.replace(
+        quiet = dataclasses.replace(
             self, on_dense="allow", reads=[], memo={}, counts=False, uncounted=[]
         )
-
-        def serve(*operands: Any) -> Any:
-            return registry.apply(context, eqn, operands)
-
-        avals = jax.tree.map(jax.typeof, list(operands))
-        return cost(jax.make_jaxpr(serve)(*avals).jaxpr)
+        beyond = cost_beyond_plain(functools.partial(registry.apply, quiet, eqn), operands)
+        inside = total(Cost(r.flops, r.bytes) for r in self.reads[before:])
+        flops, size = (max(b - i, 0) for b, i in zip(beyond, inside, strict=True))
+        self.reads[at] = dataclasses.replace(self.reads[at], flops=flops, bytes=size)
 
     def _forward(self, operation: str, role: Any, weight: Weight) -> Any:
         """Returns the role of the site that a site in a backward pass belongs to.
@@ -218,20 +211,20 @@ class Context:
         if role == OTHER or all(t.sites is None for t in weight.terms):
             return role
         scope = self.full_scope
-        turned = scope.count("transpose(") - scope.count("rematted_computation")
-        if turned % 2 == 0 or operation in ("gather", "dynamic_slice"):
+        transposed = scope.count("transpose(") - scope.count("rematted_computation")
+        if transposed % 2 == 0 or operation in ("gather", "dynamic_slice"):
             return role
         return PROJECTION if role == LOOKUP else LOOKUP
 
     def dense(self, eqn: JaxprEqn, weight: Weight) -> Any:
-        """Returns a weight added up, and reports it unless there is nothing to add."""
-        return self._added_up(eqn.primitive.name, weight)
+        """Returns a weight materialised, and reports it unless it is an array as it stands."""
+        return self._materialised(eqn.primitive.name, weight)
 
     def returned(self, weight: Weight) -> Any:
-        """Returns a weight added up because the function hands it back."""
-        return self._added_up("return", weight)
+        """Returns a weight materialised because the function hands it back."""
+        return self._materialised("return", weight)
 
-    def _added_up(self, operation: str, weight: Weight) -> Any:
+    def _materialised(self, operation: str, weight: Weight) -> Any:
         # What was picked and went elsewhere than into a product was a lookup after all.
         picked = all(o.picked for o in weight.origins)
         if not picked:
@@ -241,7 +234,7 @@ class Context:
             if picked or operation != "return":
                 self.read(operation, weight, OTHER)
         else:
-            self.added_up(operation, weight, terms)
+            self.materialises(operation, weight, terms)
         return weight.dense(terms)
 
     def _refuse_separate(self, operation: str, weight: Weight) -> None:
@@ -256,8 +249,8 @@ class Context:
                 "(register_rule)"
             )
 
-    def added_up(self, operation: str, weight: Weight, terms: Sequence[Term]) -> None:
-        """Reports that terms of a weight are added up into an array of its size, or refuses it."""
+    def materialises(self, operation: str, weight: Weight, terms: Sequence[Term]) -> None:
+        """Reports that terms of a weight are made an array of its size, or refuses it."""
         groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
 
         def read(leaf: str, scope: str) -> Read:
@@ -271,20 +264,12 @@ class Context:
             raise DensifyError(densified(read(self.shown.get(leaf, leaf), self.full_scope)))
 
 
-def _unadapted(operand: Any) -> Any:
-    """Returns a weight without adapters."""
-    if not isinstance(operand, Weight):
-        return operand
-    base: Any = next(t for t in operand.terms if t.whole or t.stored)
-    return operand.replace(terms=(dataclasses.replace(base, sites=None),), scale=None)
-
-
 def _is_plain(weight: Weight, terms: Sequence[Term]) -> bool:
     return len(terms) == 1 and terms[0].whole and weight.scale is None
 
 
 def _served(terms: Sequence[Term]) -> str:
-    """Returns how a call site is served by terms that need not be added up."""
+    """Returns how a call site is served by terms that need not be materialised."""
     adapters = [t for t in terms if t.group]
     if any(isinstance(t, LowRank) for t in adapters):
         return "low rank"
@@ -296,7 +281,4 @@ def _served(terms: Sequence[Term]) -> str:
 
 
 def _bytes(weight: Weight) -> int:
-    size = jax.numpy.dtype(weight.dtype).itemsize
-    for n in weight.shape:
-        size *= n
-    return size
+    return math.prod(weight.shape) * jax.numpy.dtype(weight.dtype).itemsize

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from flax_tied_lora._algebra.factor import accumulator
+from flax_tied_lora._algebra.weight import Weight
 
 
 class Cost(NamedTuple):
@@ -45,6 +48,27 @@ def total(costs: Iterable[Cost]) -> Cost:
 def cost(jaxpr: Jaxpr) -> Cost:
     """Returns what a program costs."""
     return total(_of_equation(eqn) for eqn in jaxpr.eqns)
+
+
+def cost_beyond_plain(serve: Callable[[Sequence[Any]], Any], operands: Sequence[Any]) -> Cost:
+    """Returns what serving an equation costs beyond the same without adapters.
+
+    Args:
+      serve: serves it on arrays and weights.
+    """
+
+    def of(operands: Sequence[Any]) -> Cost:
+        avals = jax.tree.map(jax.typeof, list(operands))
+        return cost(jax.make_jaxpr(serve)(avals).jaxpr)
+
+    plain = [_without_adapters(x) if isinstance(x, Weight) else x for x in operands]
+    served, unadapted = of(operands), of(plain)
+    return Cost(served.flops - unadapted.flops, served.bytes - unadapted.bytes)
+
+
+def _without_adapters(weight: Weight) -> Weight:
+    frozen: Any = next(t for t in weight.terms if t.whole or t.stored)
+    return weight.replace(terms=(dataclasses.replace(frozen, sites=None),), scale=None)
 
 
 def _of_equation(eqn: JaxprEqn) -> Cost:

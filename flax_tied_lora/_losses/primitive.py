@@ -17,7 +17,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from flax_tied_lora._algebra.factor import accumulator
-from flax_tied_lora._losses.chunked import Loss, total, total_and_gradients
+from flax_tied_lora._losses.chunked import total, total_and_gradients
+from flax_tied_lora._losses.loss import Loss
 from flax_tied_lora._tree.sharding import varying
 
 NAME = "linear_cross_entropy"

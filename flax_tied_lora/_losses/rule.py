@@ -10,11 +10,12 @@ import jax
 
 from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.site_filter import PROJECTION
-from flax_tied_lora._algebra.weight import Dense, Weight
+from flax_tied_lora._algebra.term import Dense
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.costs import Cost, cost, cost_of
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.registry import rule
-from flax_tied_lora._losses.chunked import Loss
+from flax_tied_lora._losses.loss import Loss
 from flax_tied_lora._losses.primitive import NAME, bind, computed, linear_cross_entropy_p
 
 

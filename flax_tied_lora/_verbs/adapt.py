@@ -14,7 +14,8 @@ from flax_tied_lora._adapters.adapted import Adapted, is_adapted
 from flax_tied_lora._adapters.merge import plain
 from flax_tied_lora._adapters.terms import quantized_weights, weights_of
 from flax_tied_lora._algebra.quantized import Quantized
-from flax_tied_lora._algebra.weight import Dense, Weight
+from flax_tied_lora._algebra.term import Dense
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.context import Context, OnDense
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import warn_of_dense

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._algebra.weight import Dense, Origin, Weight
+from flax_tied_lora._algebra.term import Dense
+from flax_tied_lora._algebra.weight import Origin, Weight
 from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.sites import CallSites, numbered, with_batch

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr
 
-from flax_tied_lora._algebra.weight import Dense, Weight
+from flax_tied_lora._algebra.term import Dense
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.inner import (
     Rebuilt,
     avals_of,

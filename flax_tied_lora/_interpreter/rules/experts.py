@@ -11,7 +11,8 @@ from jax import Array, lax
 
 from flax_tied_lora._algebra.factor import RANK, Axis, Factor, NotServedError, accumulator, contract
 from flax_tied_lora._algebra.site_filter import PROJECTION
-from flax_tied_lora._algebra.weight import LowRank, Weight
+from flax_tied_lora._algebra.term import LowRank
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._interpreter.rules.serving import Products, serve
 

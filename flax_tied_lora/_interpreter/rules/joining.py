@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._algebra.factor import Factor, NotServedError, accumulator
+from flax_tied_lora._algebra.factor import Factor, NotServedError, accumulator, sum_of
 from flax_tied_lora._algebra.site_filter import OTHER
-from flax_tied_lora._algebra.weight import LowRank, Weight
-from flax_tied_lora._algebra.weight import add as total_of
+from flax_tied_lora._algebra.term import LowRank
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._interpreter.rules.layout import drop, same_axes
 
@@ -128,7 +128,7 @@ def _to_data(context, eqn, lhs, rhs):
     terms = context.read(eqn.primitive.name, weight, OTHER)
     aval = eqn.outvars[0].aval
     accumulate, order = accumulator(aval.dtype), range(len(weight.shape))
-    total = total_of([
+    total = sum_of([
         term.product(order, weight.shape, aval.dtype) if isinstance(term, LowRank)
         else term.dense(weight.shape, accumulate)
         for term in terms

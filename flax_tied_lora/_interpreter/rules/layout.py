@@ -17,7 +17,8 @@ from jax import lax
 
 from flax_tied_lora._algebra.factor import FLOATS, RANK, Factor, NotServedError
 from flax_tied_lora._algebra.site_filter import PROJECTION
-from flax_tied_lora._algebra.weight import LowRank, Weight
+from flax_tied_lora._algebra.term import LowRank
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._tree.sharding import vary
 

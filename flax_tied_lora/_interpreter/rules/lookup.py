@@ -14,10 +14,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import RANK, Factor, NotServedError, accumulator
+from flax_tied_lora._algebra.factor import RANK, Factor, NotServedError, accumulator, sum_of
 from flax_tied_lora._algebra.for_cpu import joins_tokens, tokens_joined
 from flax_tied_lora._algebra.site_filter import LOOKUP
-from flax_tied_lora._algebra.weight import Dense, LowRank, Weight, add
+from flax_tied_lora._algebra.term import Dense, LowRank
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
 
 
@@ -123,7 +124,7 @@ def _pick(
     scale = None if weight.scale is None else move(weight.scale)
     if len(parts) == 1 and scale is None and not low_rank:
         return [lax.convert_element_type(parts[0], aval.dtype)]
-    out = add([lax.convert_element_type(p, accumulate) for p in parts])
+    out = sum_of([lax.convert_element_type(p, accumulate) for p in parts])
     if scale is not None:
         out *= scale.astype(accumulate).spread(range(aval.ndim), aval.shape)
     return [lax.convert_element_type(out, aval.dtype)]

@@ -22,7 +22,8 @@ from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._algebra.quantized import Quantized
 from flax_tied_lora._algebra.rows import Rows
 from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION
-from flax_tied_lora._algebra.weight import LowRank, Term, Weight
+from flax_tied_lora._algebra.term import LowRank, Term
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._interpreter.rules.serving import (
     Part,

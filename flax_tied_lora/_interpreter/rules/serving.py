@@ -13,10 +13,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flax_tied_lora._algebra import logits_product
-from flax_tied_lora._algebra.factor import Factor, NotServedError, accumulator, operation_dtype
+from flax_tied_lora._algebra.factor import (
+    Factor,
+    NotServedError,
+    accumulator,
+    operation_dtype,
+    sum_of,
+)
 from flax_tied_lora._algebra.quantized import Quantized
 from flax_tied_lora._algebra.rows import Rows
-from flax_tied_lora._algebra.weight import Dense, LowRank, Term, Weight, add
+from flax_tied_lora._algebra.term import Dense, LowRank, Term
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._tree.sharding import placed_as, split, varying
 
 # A part of the result, or a function that adds it to the others.
@@ -72,7 +79,7 @@ def serve(
             arrays.append(part)
     if len(arrays) == 1 and arrays[0].dtype == aval.dtype and scale is None and not adders:
         return arrays[0]
-    out = add([lax.convert_element_type(p, accumulate) for p in arrays])
+    out = sum_of([lax.convert_element_type(p, accumulate) for p in arrays])
     for adder in adders:
         out = adder(out)
     if scale is not None:
@@ -98,7 +105,7 @@ def _part(
             if isinstance(term, Quantized):
                 return products.quantized(term, data)
     if not isinstance(term, Dense):
-        context.added_up(eqn.primitive.name, weight, [term])
+        context.materialises(eqn.primitive.name, weight, [term])
         term = Dense.of(term.dense(weight.shape, weight.dtype))
     return products.dense(term.factor.astype(weight.dtype))
 
