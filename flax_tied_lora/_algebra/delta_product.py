@@ -6,7 +6,7 @@
 | added in place | much wider than what it is made of, as logits are | `logits_product.py` |
 | two products | everywhere else | here |
 
-A weight that is stored quantised has one form of its own (`quantized_product.py`).
+A weight that is stored quantised has one form only (`quantized_product.py`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def factors_of(product: Product, x: Factor, term: LowRank) -> tuple[Factor, Fact
 def beside_one_array(
     product: Product, data: Array, terms: Sequence[Term], rows: int
 ) -> tuple[Dense, LowRank] | None:
-    """Returns an array and a delta if they are all that there is, and one function serves both.
+    """Returns an array and a delta if they are all terms, and one function serves both.
 
     Args:
       rows: how many rows of the weight are summed over.
@@ -71,7 +71,7 @@ def of_data(
     Args:
       shape: of the result.
       rows: how many rows of the weight are summed over.
-      alone: whether there is nothing to add it to.
+      alone: whether it is the only term.
       out_sharding: of the result, or None.
     """
     hidden, second = _halfway(product, data, term)
@@ -116,7 +116,7 @@ def _second(product: Product, hidden: Factor, second: Factor, out_sharding: Any)
 
 
 def of_weight(product: Product, weight: Weight, term: LowRank, shape: tuple[int, ...]) -> Array:
-    """Returns the product of another weight with a delta, whose nearer factor meets it first.
+    """Returns the product of another weight with a delta, first with the factor that shares axes.
 
     Raises:
       NotServedError: it is summed over an axis along which one of the two is constant.

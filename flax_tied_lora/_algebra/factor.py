@@ -48,7 +48,7 @@ def pytree(*static: str, dropped: Sequence[str] = ()) -> Callable[[_Cls], _Cls]:
 
 
 def accumulator(*dtypes: Any) -> Any:
-    """Returns float32, or what is wider: where arrays of these dtypes are added up."""
+    """Returns float32, or what is wider: the dtype in which sums of such arrays are formed."""
     # Not `jnp.promote_types`: strict promotion refuses bfloat16 beside float32.
     return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
@@ -139,7 +139,7 @@ def contract(
     then the right one's.
 
     Args:
-      accumulate: dtype that the products are added up in, and of the result.
+      accumulate: dtype of the sums of products, and of the result.
       precision: as `lax.dot_general` has it.
       out_sharding: of the result; derived from the operands where the mesh has Explicit axes.
     """
@@ -191,12 +191,12 @@ def _explicit_sharding(axes: Sequence[Axis], *factors: Factor) -> Any:
 def times_chain(x: Factor, first: Factor, second: Factor, keep: Sequence[Axis]) -> bool:
     """Returns whether ``(x . first) . second`` costs no more than ``(x . second) . first``."""
 
-    def flops(near: Factor, far: Factor) -> int:
-        sizes = {a: n for f in (x, near, far) for a, n in zip(f.axes, f.array.shape, strict=True)}
-        inner = {*x.axes, *near.axes}
-        left = {a for a in inner if a in keep or a in far.axes or a == RANK}
+    def flops(one: Factor, other: Factor) -> int:
+        sizes = {a: n for f in (x, one, other) for a, n in zip(f.axes, f.array.shape, strict=True)}
+        inner = {*x.axes, *one.axes}
+        left = {a for a in inner if a in keep or a in other.axes or a == RANK}
         return math.prod(sizes[a] for a in inner) + math.prod(
-            sizes[a] for a in left | set(far.axes)
+            sizes[a] for a in left | set(other.axes)
         )
 
     return flops(first, second) <= flops(second, first)

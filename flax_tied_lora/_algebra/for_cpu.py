@@ -1,6 +1,6 @@
-"""What is only there for XLA on the CPU: each is what it would do by itself on the day it need not.
+"""Workarounds for XLA on the CPU.
 
-Each has a test (`tests/test_for_cpu.py`) that fails on that day: then it can go.
+Each has a test (`tests/test_for_cpu.py`) that fails on the day XLA does it by itself: it can go.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def tokens_joined(array: Array, count: int) -> Array:
 
 
 def rank_first(array: Array, rank: int) -> Array:
-    """Returns an array with its rank axis moved to the front, as an array of its own.
+    """Returns an array with its rank axis moved to the front, in memory too.
 
     XLA for the CPU gives [rank, tokens] . [tokens, columns] to its library of products, and not
     [columns, tokens] . [tokens, rank], which takes three times as long.

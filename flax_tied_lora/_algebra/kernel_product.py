@@ -1,7 +1,7 @@
 """A product with a weight and its delta, as a model's kernels are served: two thin products more.
 
-Few operations, in forms that XLA neither copies nor makes kernels of its own for: what compiling
-costs is what it makes kernels of.
+Few operations, in forms that XLA neither copies nor generates kernels for: what compiling
+costs is the kernels that it generates.
 """
 
 from __future__ import annotations

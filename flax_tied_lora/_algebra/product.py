@@ -15,9 +15,10 @@ class Product:
     """What is static about a product of data with a weight, whatever form it takes; hashable.
 
     Attributes:
-      data: a label for each axis of the data: the weight axis that it is paired with, or its own.
+      data: a label for each axis of the data: the weight axis that it is paired with, or a
+        name for an axis that the weight lacks.
       order: the labels of the result's axes.
-      accumulate: dtype that products are added up in.
+      accumulate: dtype of the sums of products.
       precision: as `lax.dot_general` has it.
     """
 

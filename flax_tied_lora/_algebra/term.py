@@ -33,8 +33,8 @@ class Term(abc.ABC):
     """One part of a symbolic weight.
 
     Attributes:
-      whole: whether the term is an array of the weight's shape as it stands, so that adding it up
-        costs nothing and is nothing to report.
+      whole: whether the term is an array of the weight's shape as it stands, so that to
+        materialise it costs nothing and is nothing to report.
       stored: whether the term is a frozen weight in another form than that of an array.
       group: key of the adapter that the term belongs to; "" for what is frozen.
       sites: the call sites that the term is for; None for all.
@@ -58,7 +58,7 @@ class Term(abc.ABC):
 
     @abc.abstractmethod
     def dense(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Returns the term added up: an array of the weight's shape."""
+        """Returns the term materialised: an array of the weight's shape."""
 
     @abc.abstractmethod
     def times(self, scale: Factor) -> Term:
@@ -74,7 +74,7 @@ class Term(abc.ABC):
         return {a for factor in factors for a in factor.axes}
 
     def applies_to(self, role: str, scope: str) -> bool:
-        """Returns whether the term is there for a call site."""
+        """Returns whether the term is for a call site."""
         return self.sites is None or self.sites(role, scope)
 
     def renamed(self, names: Callable[[str], str]) -> Term:
@@ -155,7 +155,7 @@ class LowRank(Term):
         return dataclasses.replace(self, a=move(self.a), b=move(self.b))
 
     def product(self, order: Sequence[Axis], shape: tuple[int, ...], dtype: Any) -> Array:
-        """Returns the delta added up, its axes in the given order, products added up in float32."""
+        """Returns the delta materialised, its axes in the given order, its sums in float32."""
         accumulate = accumulator(dtype)
         a, b = self.a, self.b
         out = contract(a.astype(accumulate), b.astype(accumulate), order, accumulate=accumulate)

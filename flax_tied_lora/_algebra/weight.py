@@ -74,12 +74,12 @@ class Weight:
         return any(isinstance(t, LowRank) and t.key is not None for t in self.terms)
 
     def parted(self) -> tuple[Array, tuple[Term, ...]]:
-        """Returns the dense terms added up, and the other terms. The scale must be folded.
+        """Returns the sum of the dense terms, and the other terms. The scale must be folded.
 
         What is for some call sites only stays among the others.
 
         Raises:
-          NotServedError: the frozen weight is no array, so that there is nothing to put deltas on.
+          NotServedError: the frozen weight is no array that deltas could stand beside.
         """
         if any(t.stored for t in self.terms):
             raise NotServedError
@@ -129,7 +129,7 @@ class Weight:
         return self.replace(scale=product)
 
     def at(self, role: str, scope: str) -> tuple[Term, ...]:
-        """Returns the terms that are there for a call site."""
+        """Returns the terms that are for a call site."""
         return tuple(t for t in self.terms if t.applies_to(role, scope))
 
     def fold(self, data: Any) -> Weight:
@@ -138,7 +138,7 @@ class Weight:
         return self.replace(terms=terms) if any(map(_differ, terms, self.terms)) else self
 
     def dense(self, terms: Sequence[Term] | None = None) -> Array:
-        """Returns the terms (default: all) added up, in float32 or wider, cast once at the end."""
+        """Returns the sum of terms (default: all), in float32 or wider, cast once at the end."""
         terms = self.terms if terms is None else terms
         if self.scale is None and len(terms) == 1 and isinstance(terms[0], Dense):
             return terms[0].dense(self.shape, self.dtype)

@@ -29,8 +29,8 @@ def per_token(loss: Loss, *operands: Any) -> Array:
 
     @jax.checkpoint
     def step(number: Any, hidden: Array, labels: Array) -> Array:
-        own = _folded(loss, number, rest)
-        return values_of(loss, logits_of(loss, hidden, labels, own))
+        operands = _folded(loss, number, rest)
+        return values_of(loss, logits_of(loss, hidden, labels, operands))
 
     return by_chunks(loss, step, hidden, labels)
 
@@ -48,45 +48,44 @@ def total_and_gradients(
     Args:
       wrt: the places of the operands that it is differentiated by.
     """
-    hidden, labels, weights, *rest = _own(loss, operands)
+    hidden, labels, weights, *rest = _varying_alike(loss, operands)
     wide = accumulator(hidden.dtype)
     parts = [i for i in wrt if i >= loss.first]
     sums = [i for i in wrt if i >= 3]  # of bias and table: over all tokens
     if parts and isinstance(jax.tree.unflatten(loss.table, rest[loss.first - 3 :]), jax.Array):
         loss = loss.in_one_lane()  # of a whole table there is one gradient, not one for each lane
     if any(share_names(hidden, rest[i - 3]) for i in sums):
-        loss = (
-            loss.in_one_lane()
-        )  # a lane's gradient cannot be split over what lanes are split over
+        # A lane's gradient cannot be split over what lanes are split over.
+        loss = loss.in_one_lane()
 
     def step(sofar: list[Array], number: Any, hidden: Array, labels: Array, weights: Array) -> Any:
-        own = _folded(loss, number, rest)
-        at = logits_of(loss, hidden, labels, own)
+        others = _folded(loss, number, rest)
+        at = logits_of(loss, hidden, labels, others)
         losses = values_of(loss, at)
         slopes = slopes_of(loss, at, losses, weights)
 
         def product(hidden: Array, *chosen: Array) -> Array:
-            leaves = list(own[loss.first - 3 :])
+            leaves = list(others[loss.first - 3 :])
             for i, value in zip(parts, chosen, strict=True):
                 leaves[i - loss.first] = value
             return loss.project(hidden, leaves)
 
-        # In the operands' own dtype, as in a plain model: the products of a backward pass are no
+        # In the operands' dtype, as in a plain model: the products of a backward pass are no
         # float32 ones. Nobody reads the value, so it is not computed.
-        like, pull = jax.vjp(product, hidden, *(own[i - 3] for i in parts))
-        turned, *found = pull(lax.convert_element_type(slopes, like.dtype))
-        found = dict(zip(parts, found, strict=True))
+        like, pull = jax.vjp(product, hidden, *(others[i - 3] for i in parts))
+        by_hidden, *by_parts = pull(lax.convert_element_type(slopes, like.dtype))
+        gradients = dict(zip(parts, by_parts, strict=True))
         if loss.bias and 3 in wrt:
-            found[3] = jnp.sum(slopes, axis=0)
+            gradients[3] = jnp.sum(slopes, axis=0)
         added = [
-            total + lax.convert_element_type(found[i], total.dtype)
+            total + lax.convert_element_type(gradients[i], total.dtype)
             for total, i in zip(sofar, sums, strict=True)
         ]
-        return added, (losses, turned if 0 in wrt else None)
+        return added, (losses, by_hidden if 0 in wrt else None)
 
     start = [_zeros(rest[i - 3]) for i in sums]
-    (losses, turned), ends = by_chunks(loss, step, hidden, labels, weights, start=start)
-    gradients = dict(zip(sums, ends, strict=True)) | {0: turned, 2: losses}
+    (losses, by_hidden), ends = by_chunks(loss, step, hidden, labels, weights, start=start)
+    gradients = dict(zip(sums, ends, strict=True)) | {0: by_hidden, 2: losses}
     out = [lax.convert_element_type(gradients[i], operands[i].dtype) for i in wrt]
     return jnp.sum(lax.convert_element_type(weights, wide) * losses), out
 
@@ -100,8 +99,8 @@ def _folded(loss: Loss, number: Any, rest: Sequence[Any]) -> Sequence[Any]:
     return [*rest[:at], *jax.tree.leaves(table.fold(number))]
 
 
-def _own(loss: Loss, operands: Sequence[Any]) -> list[Any]:
-    """Returns operands of each device's own, where there is data of its own inside a `shard_map`.
+def _varying_alike(loss: Loss, operands: Sequence[Any]) -> list[Any]:
+    """Returns operands that vary over the devices of a `shard_map` as soon as one of them does.
 
     Else a gradient would be summed over devices before it is multiplied with a device's tangent.
     Over the axis of the vocabulary it is: there the loss is one for all devices.

@@ -21,7 +21,7 @@ class Loss:
 
     Attributes:
       vocab_axis: axis of the table that the vocabulary lies along.
-      lanes: in how many runs tokens are taken, each of which a device may have of its own.
+      lanes: in how many runs tokens are taken, each of which may be on another device.
       chunk: tokens of each lane that have logits at the same time.
       sparing: whether a chunk is so large a part of all tokens that its gradient is to have the
         memory of its logits, at the price of time.

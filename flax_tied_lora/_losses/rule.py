@@ -1,4 +1,4 @@
-"""The library's own loss: its table goes into it in parts."""
+"""The rule of this library's loss: its table goes into it in parts."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ def linear_cross_entropy(context, eqn, *operands):
         raise NotServedError
     width = 1 - loss.vocab_axis
     terms = context.read(NAME, table, PROJECTION, rows=[width], cols=[loss.vocab_axis])
-    own = table.replace(terms=tuple(dataclasses.replace(t, sites=None) for t in terms))
-    if _is_array(own):
-        (term,) = own.terms
-        return [bind(loss, [*others, term.dense(own.shape, own.dtype)], mapped)]
-    leaves, parts = jax.tree.flatten(own)
+    # Within the loss there is one call site, which all terms that are left are for.
+    table = table.replace(terms=tuple(dataclasses.replace(t, sites=None) for t in terms))
+    if _is_array(table):
+        (term,) = table.terms
+        return [bind(loss, [*others, term.dense(table.shape, table.dtype)], mapped)]
+    leaves, parts = jax.tree.flatten(table)
     flags = tuple((*level[:-1], *[False] * len(leaves)) for level in mapped)
     return [bind(dataclasses.replace(loss, table=parts), [*others, *leaves], flags)]
 
@@ -53,7 +54,7 @@ def _is_array(table: Weight) -> bool:
 
 
 def _has_to_be_dense(context: Any, loss: Loss, hidden: Any, table: Weight) -> bool:
-    """Returns whether a part of the table has to be added up."""
+    """Returns whether a part of the table has to be materialised."""
     inner = context.inside([], Provenance(), on_dense="allow", counts=False)
     leaves, parts = jax.tree.flatten(table)
     loss = dataclasses.replace(loss, table=parts)

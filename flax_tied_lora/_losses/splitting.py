@@ -23,7 +23,7 @@ FEW_CHUNKS = 4
 
 
 def lanes_of(hidden: Array) -> int:
-    """Returns in how many lanes tokens are taken: runs of them that devices may have of their own.
+    """Returns in how many lanes tokens are taken: runs of them that devices may split among them.
 
     On Explicit mesh axes as many as tokens are split into. On Auto ones that is not known: as many
     as there are devices, or as the first axis can be split into of them.
@@ -92,8 +92,8 @@ def by_chunks(
     def body(carry: Any, each: Any) -> Any:
         number, chunk = each
         number = _on_lanes(number, data[0]) if lead else number
-        own = (number, *chunk) if carry is None else (carry, number, *chunk)
-        out = jax.vmap(step)(*own) if lead else step(*own)
+        args = (number, *chunk) if carry is None else (carry, number, *chunk)
+        out = jax.vmap(step)(*args) if lead else step(*args)
         return (None, out) if carry is None else out
 
     if start is not None and lead:
@@ -108,8 +108,9 @@ def by_chunks(
 
 def _on_lanes(x: Array, tokens: Array) -> Array:
     """Returns an array [lanes, ...], on Explicit mesh axes split into lanes as the tokens are."""
-    whole, own = explicit(jax.typeof(tokens)), explicit(jax.typeof(x))
-    if whole is None:
+    of_tokens, of_x = explicit(jax.typeof(tokens)), explicit(jax.typeof(x))
+    if of_tokens is None:
         return x
-    rest = [None] * (x.ndim - 1) if own is None else own.spec[1:]
-    return jax.sharding.reshard(x, jax.NamedSharding(whole.mesh, jax.P(whole.spec[0], *rest)))
+    rest = [None] * (x.ndim - 1) if of_x is None else of_x.spec[1:]
+    spec = jax.P(of_tokens.spec[0], *rest)
+    return jax.sharding.reshard(x, jax.NamedSharding(of_tokens.mesh, spec))

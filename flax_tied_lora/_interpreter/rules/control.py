@@ -21,11 +21,11 @@ from flax_tied_lora._interpreter.inner import (
     Rebuilt,
     avals_of,
     evaluate_inner,
-    flatten,
     handed_back,
     hidden_names,
     met,
     one_hot_operands,
+    parts_of,
     rebuild,
     run_with,
     shown,
@@ -52,7 +52,7 @@ def jit(context, eqn, *operands):
         hidden, avals_of(hidden, inner.jaxpr.invars), names,
     )  # fmt: skip
     met(context, built.reads, names)
-    flat, _ = flatten(hidden)
+    flat, _ = parts_of(hidden)
     unspecified = _unspecified()
 
     def repeated(values: Sequence[Any], xs: Sequence[Any], other: Any) -> tuple[Any, ...]:
@@ -112,7 +112,7 @@ def checkpoint(context, eqn, *operands):
         hidden, avals_of(hidden, inner.invars), names,
     )  # fmt: skip
     met(context, built.reads, names)
-    flat, _ = flatten(hidden)
+    flat, _ = parts_of(hidden)
     opened, consts = _opened(built.jaxpr)
     results = run_with(
         context, eqn, [*consts, *flat], built.jaxpr.out_avals, jaxpr=opened, effects=opened.effects
@@ -135,7 +135,7 @@ def cond(context, eqn, index, *operands):
     branches, (hidden, names) = eqn.params["branches"], hidden_names(operands)
     hot = one_hot_operands(context, eqn, skip=1)
     avals = avals_of(hidden, branches[0].jaxpr.invars)
-    flat, _ = flatten(hidden)
+    flat, _ = parts_of(hidden)
 
     def build(symbolic: tuple[bool, ...]) -> list[Rebuilt]:
         def body(branch: Any, c: Any, *xs: Any) -> tuple[list[Any], Any]:

@@ -19,7 +19,7 @@ from flax_tied_lora._interpreter.rules.serving import Products, serve
 
 @rule("ragged_dot_general", "ragged_dot")
 def ragged_dot(context, eqn, lhs, rhs, sizes, *offset):
-    """Rows of data in groups, each group with a matrix of its own (mixtures of experts)."""
+    """Rows of data in groups, each group with a matrix (mixtures of experts)."""
     dims = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracting), (_, batch) = dims.dot_dimension_numbers
     groups = tuple(dims.rhs_group_dimensions)

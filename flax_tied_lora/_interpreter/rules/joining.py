@@ -88,7 +88,7 @@ def joined(operands: Sequence[Any], axis: int, aval: Any) -> Weight:
 
 
 def _padded(term: Any, margins: Mapping[int, Sequence[int]]) -> Any:
-    """Returns a delta padded with zeros: it is enough that one of its factors is 0 there."""
+    """Returns a delta padded with zeros: it is 0 where one of its factors is."""
     reached: set[Any] = set()
 
     def move(factor: Factor) -> Factor:

@@ -203,28 +203,28 @@ def reduce_sum(context, eqn, weight):
             raise NotServedError
 
     def move(factor: Factor) -> Factor:
-        own = [i for i, a in enumerate(factor.axes) if a in axes]
+        summed = [i for i, a in enumerate(factor.axes) if a in axes]
         left = tuple(a for a in factor.axes if a not in axes)
-        return Factor(jnp.sum(factor.array, axis=own), left).relabel(kept.index)
+        return Factor(jnp.sum(factor.array, axis=summed), left).relabel(kept.index)
 
-    def summed(weight: Weight) -> Weight:
+    def reduced(weight: Weight) -> Weight:
         run = on_arrays(context, eqn, move)
         return weight.rearrange(eqn.outvars[0].aval, run, [(i,) for i in kept])
 
     kept = [i for i in range(len(weight.shape)) if i not in axes]
-    out = summed(weight)
+    out = reduced(weight)
     if any(isinstance(t, LowRank) and (RANK,) in (t.a.axes, t.b.axes) for t in out.terms):
         # All rows, or all columns: a product with ones, whose result is data.
         terms = context.read(eqn.primitive.name, weight, PROJECTION, rows=axes)
-        return [summed(weight.replace(terms=terms)).dense()]
+        return [reduced(weight.replace(terms=terms)).dense()]
     return [out]
 
 
 @rule("tile")
 def tile(context, eqn, weight):
     def move(factor: Factor) -> Factor:
-        own = [1 if a == RANK else eqn.params["reps"][a] for a in factor.axes]
-        return Factor(jnp.tile(factor.array, own), factor.axes)
+        reps = [1 if a == RANK else eqn.params["reps"][a] for a in factor.axes]
+        return Factor(jnp.tile(factor.array, reps), factor.axes)
 
     run = on_arrays(context, eqn, move)
     out = weight.rearrange(eqn.outvars[0].aval, run, same_axes(eqn))
@@ -283,8 +283,8 @@ def sharding_constraint(context, eqn, weight):
     whole = (*spec, *[None] * (len(weight.shape) - len(spec)))
 
     def to(array: Any, axes: Sequence[Any]) -> Any:
-        own = jax.P(*(None if a == RANK else whole[a] for a in axes))
-        params = {**eqn.params, name: jax.NamedSharding(sharding.mesh, own)}
+        names = jax.P(*(None if a == RANK else whole[a] for a in axes))
+        params = {**eqn.params, name: jax.NamedSharding(sharding.mesh, names)}
         if free := eqn.params.get("unconstrained_dims"):
             params["unconstrained_dims"] = {i for i, a in enumerate(axes) if a in free}
         return eqn.primitive.bind(array, **params)

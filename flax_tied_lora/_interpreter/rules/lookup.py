@@ -1,7 +1,7 @@
 """Operations that pick rows of a weight by index: lookups, and indexing into stacked weights.
 
 Both factors are indexed as the weight is, each along the axes that it has. Where only one of them
-is indexed, rows are picked and the product is small: it is added up on the spot. Where both are
+is indexed, rows are picked and the product is small: it is materialised on the spot. Where both are
 (layers, experts), what was picked is a weight again.
 """
 
@@ -44,7 +44,7 @@ def gather(context, eqn, weight, indices):
 
     def move(factor: Factor) -> Factor:
         if not factor.is_array(len(weight.shape)):
-            # Where an index is out of bounds the weight's own fill value stands, so the delta is 0.
+            # Where an index is out of bounds the fill value stands, so the delta is 0.
             return _gather_factor(factor, eqn, indices, fill=0)
         if not factor.in_order():
             return _gather_factor(factor, eqn, indices, eqn.params["fill_value"])
@@ -78,9 +78,9 @@ def dynamic_slice(context, eqn, weight, *starts):
     cut = [i for i, n in enumerate(weight.shape) if sizes[i] != n]
 
     def move(factor: Factor) -> Factor:
-        own = [starts[0] * 0 if a == RANK else starts[a] for a in factor.axes]
+        begin = [starts[0] * 0 if a == RANK else starts[a] for a in factor.axes]
         shape = [factor.size(RANK) if a == RANK else sizes[a] for a in factor.axes]
-        array = lax.dynamic_slice(factor.array, own, shape, allow_negative_indices=False)
+        array = lax.dynamic_slice(factor.array, begin, shape, allow_negative_indices=False)
         return Factor(array, factor.axes)
 
     held = [(i,) for i in range(len(weight.shape))]
@@ -119,8 +119,10 @@ def _pick(
             )
             parts.append(_product(cast, aval))
         else:
-            found = moved.dense(aval.shape, accumulate)
-            parts.append(_filled(found, eqn, weight, indexed, move) if term.stored else found)
+            rows_picked = moved.dense(aval.shape, accumulate)
+            if term.stored:
+                rows_picked = _filled(rows_picked, eqn, weight, indexed, move)
+            parts.append(rows_picked)
     scale = None if weight.scale is None else move(weight.scale)
     if len(parts) == 1 and scale is None and not low_rank:
         return [lax.convert_element_type(parts[0], aval.dtype)]
@@ -160,7 +162,7 @@ def _batch_positions(eqn: Any) -> list[int]:
 
 
 def _offset_positions(eqn: Any) -> dict[int, int]:
-    """Returns, for each operand axis that the result keeps, its position there."""
+    """Returns, for each operand axis that the result keeps, its position in the result."""
     dims = eqn.params["dimension_numbers"]
     gone = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
     kept = [i for i in range(eqn.invars[0].aval.ndim) if i not in gone]
@@ -186,14 +188,15 @@ def _gather_factor(factor: Factor, eqn: Any, indices: Array, fill: Any) -> Facto
         if axis in here
     ]
     pairs.sort(key=lambda pair: here.index(pair[0]))
-    own = [factor.size(RANK) if a == RANK else sizes[a] for a in here]
+    window = [factor.size(RANK) if a == RANK else sizes[a] for a in here]
     positions = {**offsets, RANK: RANK}
     batch = _batch_positions(eqn)
     if not columns:
         # Nothing to pick from: axes walked in step with the indices are axes of the result.
         positions |= {axis: batch[k] for axis, k in pairs}
-        own = [factor.size(a) if a in dict(pairs) else n for a, n in zip(here, own, strict=True)]
-        cut = lax.slice(factor.array, [0] * len(own), own)
+        walked = dict(pairs)
+        window = [factor.size(a) if a in walked else n for a, n in zip(here, window, strict=True)]
+        cut = lax.slice(factor.array, [0] * len(window), window)
         gone = [i for i, a in enumerate(here) if a not in positions]
         return Factor(lax.squeeze(cut, gone), tuple(positions[a] for a in here if a in positions))
     kept = [positions[a] for a in here if a in positions]
@@ -215,7 +218,7 @@ def _gather_factor(factor: Factor, eqn: Any, indices: Array, fill: Any) -> Facto
             operand_batching_dims=tuple(here.index(a) for a, _ in pairs),
             start_indices_batching_dims=tuple(k for _, k in pairs),
         ),
-        tuple(own),
+        tuple(window),
         unique_indices=p["unique_indices"] and whole,
         indices_are_sorted=p["indices_are_sorted"] and whole,
         mode=p["mode"],

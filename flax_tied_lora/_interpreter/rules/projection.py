@@ -77,7 +77,7 @@ class _Products(Products):
 
     Attributes:
       context, eqn, weight: as a rule has them.
-      x: the other operand: data, or another weight; with the scale in it that goes there.
+      x: the other operand: data, or another weight; scaled, where the scale is over what is summed.
       operand: which operand the weight is.
       product: the description of the product.
       height: how many rows of the weight are summed over.
