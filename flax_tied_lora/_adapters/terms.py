@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,20 +10,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_tied_lora._adapters import dora
 from flax_tied_lora._adapters.adapted import Adapted, check_slots
 from flax_tied_lora._adapters.spans import block
-from flax_tied_lora._algebra.factor import RANK, Factor, accumulator, contract
-from flax_tied_lora._algebra.quantized import Quantized, frozen
-from flax_tied_lora._algebra.quantized_product import product, squares
+from flax_tied_lora._algebra.factor import Factor
+from flax_tied_lora._algebra.quantized import frozen
 from flax_tied_lora._algebra.rows import Rows
 from flax_tied_lora._algebra.site_filter import SiteFilter
-from flax_tied_lora._algebra.weight import Dense, LowRank, Origin, Term, Weight
+from flax_tied_lora._algebra.term import Dense, LowRank, Term
+from flax_tied_lora._algebra.weight import Origin, Weight
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._ties.groups import Member
 from flax_tied_lora._tree.boxes import is_box, unboxed
 from flax_tied_lora._tree.keys import key_number
 from flax_tied_lora._tree.quantized_array import is_quantized
-from flax_tied_lora._tree.sharding import automatic, explicit
 
 
 def weights_of(adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None) -> dict[str, Weight]:
@@ -51,8 +50,7 @@ def weights_of(adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None) -
             arrays = adapted.adapters[adapter.kind][adapter.key]
             terms[adapter] = _term(adapted, group, adapter, arrays, array, dtype, present)
             if adapter.dora:
-                magnitude = jnp.asarray(unboxed(arrays["lora_magnitude"]))
-                scale = _dora_scale(array, terms[adapter], magnitude, group)
+                scale = dora.scale(array, terms[adapter], arrays, group)
                 scale = Factor(_if_present(present, scale.array, 1), scale.axes)
         for member in group.members:
             weights[member.path] = _member(member, array, terms, scale)
@@ -133,7 +131,7 @@ def _term(
         copy = lax.convert_element_type(jnp.asarray(unboxed(arrays)), kind)
         if present is not None:
             copy = _if_present(present, copy, frozen(table).dense(tuple(table.shape), kind))
-        return Dense(copy, adapter.key, adapter.sites)
+        return Dense.of(copy, adapter.key, adapter.sites)
     a, b = _pair(group, adapter, arrays)
     scaling = _if_present(present, jnp.asarray(adapted.scaling[adapter.key]), 0)
     key, rate = _dropout(adapted, adapter.key)
@@ -180,78 +178,12 @@ def _member(
         filters = tuple(t.sites for t in copies if t.sites is not None)
         served = [frozen(array, SiteFilter(others=filters) if filters else None), *served]
     if member.transposed:
-        served = [_transposed_term(t) for t in served]
-        scale = None if scale is None else _transposed_factor(scale)
+        served = [t.rearrange(_transposed) for t in served]
+        scale = None if scale is None else _transposed(scale)
     shape = array.shape[::-1] if member.transposed else array.shape
     axes = tuple((i,) for i in range(array.ndim))
     return Weight(tuple(served), scale, shape, array.dtype, (Origin(member.path, axes),))
 
 
-def _transposed_term(term: Term) -> Term:
-    moved = term.rearrange(_transposed, _transposed_factor)
-    if isinstance(term, Dense) and isinstance(moved, Dense):
-        return dataclasses.replace(moved, turned=term.array)
-    return moved
-
-
-def _transposed(array: jax.Array) -> jax.Array:
-    return lax.transpose(array, (1, 0))
-
-
-def _transposed_factor(factor: Factor) -> Factor:
+def _transposed(factor: Factor) -> Factor:
     return factor.relabel({0: 1, 1: 0}.__getitem__)
-
-
-def _dora_scale(array: Any, delta: Term, magnitude: jax.Array, group: GroupPlan) -> Factor:
-    """Returns DoRA's scale: the magnitude over the norm of each column of weight and delta.
-
-    The norm is a constant to differentiation (DoRA, arXiv:2402.09353, section 4.3; PEFT's
-    ``DoraLinearLayer``). The delta is never materialised: ``|w + d|^2 = |w|^2 + 2 w.d + |d|^2``,
-    the last two by way of the rank axis.
-    """
-    assert isinstance(delta, LowRank)
-    accumulate = accumulator(array.dtype)
-    keep = (*group.batch, *group.cols)
-    options: dict[str, Any] = {"accumulate": accumulate}
-    a, b, scaling = jax.tree.map(
-        lax.stop_gradient,
-        (delta.a.astype(accumulate), delta.b.astype(accumulate),
-         lax.convert_element_type(delta.scaling, accumulate)),
-    )  # fmt: skip
-    squares, cross = _norms_and_product(array, a, keep, accumulate)
-
-    def over_rank(first: Factor) -> jax.Array:
-        return contract(first, b, keep, **options).ordered(keep).array
-
-    cross = over_rank(cross)
-    other = Factor(a.array, tuple("rank of b" if n == RANK else n for n in a.axes))
-    gram = contract(a, other, (*group.batch, RANK, "rank of b"), **options)
-    second = Factor(b.array, tuple("rank of b" if n == RANK else n for n in b.axes))
-    inner = contract(gram, second, (*keep, RANK), **options)
-    norm = jnp.sqrt(jnp.maximum(squares + 2 * scaling * cross + scaling**2 * over_rank(inner), 0))
-    # A column of zeros has no direction; PEFT makes it NaN.
-    norm = jnp.where(norm > 0, norm, 1)
-    return Factor(magnitude.astype(accumulate) / norm, keep)
-
-
-def _norms_and_product(
-    array: Any, a: Factor, keep: tuple[int, ...], accumulate: Any
-) -> tuple[jax.Array, Factor]:
-    """Returns the sum of a weight's squares over its rows, and its product with a factor."""
-    order = (*keep, RANK)
-    if is_quantized(array):
-        term = Quantized.of(array)
-        options: dict[str, Any] = {"dtype": array.dtype, "accumulate": accumulate}
-        sharding = explicit(jax.typeof(array.values))
-        summed = functools.partial(squares, keep=keep, accumulate=accumulate)
-        if sharding is not None:
-            names = [sharding.spec[i] for i in keep]
-            options["out_sharding"] = jax.NamedSharding(sharding.mesh, jax.P(*names, None))
-            summed = automatic(summed, jax.NamedSharding(sharding.mesh, jax.P(*names)))
-        both = summed(term), product(term, a.array, a.axes, order, **options)
-        return jax.tree.map(lax.stop_gradient, (both[0], Factor(both[1], order)))
-    w = Factor(lax.stop_gradient(array), tuple(range(array.ndim))).astype(accumulate)
-    left = tuple(i for i in w.axes if i in keep)
-    rows = [i for i in w.axes if i not in keep]
-    summed = Factor(jnp.sum(jnp.square(w.array), axis=rows), left).ordered(keep).array
-    return summed, contract(w, a, order, accumulate=accumulate)

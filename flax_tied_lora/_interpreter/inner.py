@@ -26,7 +26,7 @@ def _rename(weight: Weight, names: Callable[[str], str]) -> Weight:
     return weight.replace(terms=terms, origins=origins)
 
 
-class Names:
+class StandIns:
     """Stand-ins for the names of leaves, so that six layers have one structure."""
 
     def __init__(self) -> None:
@@ -39,11 +39,12 @@ class Names:
         return {v: k for k, v in self.stand_ins.items()}.get(name, name)
 
 
-def shown_by(context: Evaluation, names: Names) -> dict[str, str]:
+def shown_by(context: Evaluation, names: StandIns) -> dict[str, str]:
     return {hidden: context.shown.get(name, name) for name, hidden in names.stand_ins.items()}
 
 
-def flatten(operands: Sequence[Any]) -> tuple[list[Any], Any]:
+def parts_of(operands: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Returns the arrays of arrays and weights, and their structure."""
     return jax.tree.flatten(list(operands))
 
 
@@ -59,7 +60,7 @@ class Rebuilt:
 
 def rebuild(
     context: Evaluation, key: Any, body: Callable[..., tuple[list[Any], Any]],
-    operands: Sequence[Any], avals: Sequence[Any], names: Names,
+    operands: Sequence[Any], avals: Sequence[Any], names: StandIns,
 ) -> Rebuilt:  # fmt: skip
     """Returns the program ``body(inner_context, *operands)`` traced on parts; memoised.
 
@@ -69,7 +70,7 @@ def rebuild(
       operands: arrays and weights, whose structure is used.
       avals: of the flattened operands.
     """
-    _, tree = flatten(operands)
+    _, tree = parts_of(operands)
     weights = [x for x in operands if isinstance(x, Weight)]
     # What is known of the leaves, and where a term depends on it the outer scope, goes in too.
     known = tuple((hidden, context.leaves.get(name)) for name, hidden in names.stand_ins.items())
@@ -85,7 +86,7 @@ def rebuild(
             result.reads, Provenance(), leaves=leaves, shown=shown_by(context, names)
         )
         outputs, result.extra = body(inner, *jax.tree.unflatten(tree, flat))
-        arrays, result.outputs = flatten(outputs)
+        arrays, result.outputs = parts_of(outputs)
         return arrays
 
     result.jaxpr = jax.make_jaxpr(traced)(*avals)
@@ -93,7 +94,7 @@ def rebuild(
     return result
 
 
-def met(context: Evaluation, reads: Sequence[Read], names: Names) -> None:
+def met(context: Evaluation, reads: Sequence[Read], names: StandIns) -> None:
     context.met(
         [
             dataclasses.replace(
@@ -106,12 +107,12 @@ def met(context: Evaluation, reads: Sequence[Read], names: Names) -> None:
     )
 
 
-def hidden_names(operands: Sequence[Any]) -> tuple[list[Any], Names]:
-    names = Names()
+def hidden_names(operands: Sequence[Any]) -> tuple[list[Any], StandIns]:
+    names = StandIns()
     return [_rename(x, names.hide) if isinstance(x, Weight) else x for x in operands], names
 
 
-def shown(outputs: Sequence[Any], names: Names) -> list[Any]:
+def shown(outputs: Sequence[Any], names: StandIns) -> list[Any]:
     return [_rename(x, names.show) if isinstance(x, Weight) else x for x in outputs]
 
 

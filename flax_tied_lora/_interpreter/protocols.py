@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from jax.extend.core import JaxprEqn, Var
 
-from flax_tied_lora._algebra.factor import Cost
 from flax_tied_lora._algebra.site_filter import Role
 from flax_tied_lora._algebra.weight import Term, Weight
 from flax_tied_lora._interpreter.provenance import Provenance
@@ -64,8 +63,8 @@ class RuleContext(Protocol):
     def read(
         self, operation: str, weight: Weight, role: Role, *,
         rows: Sequence[int] = (), cols: Sequence[int] | None = None, batch: Sequence[int] = (),
-    ) -> tuple[tuple[Term, ...], Callable[[Cost], None]]:  # fmt: skip
-        """Returns the terms of a weight at a call site, and a function to report its cost with.
+    ) -> tuple[Term, ...]:  # fmt: skip
+        """Returns the terms of a weight at a call site, which is kept among the reads.
 
         Args:
           operation: the name under which `explain` shows the call site.
@@ -91,6 +90,10 @@ class RuleContext(Protocol):
 
     def is_table(self, weight: Weight) -> bool:
         """Returns whether a weight is a table, as far as is known."""
+        ...
+
+    def stays_weight(self, operation: str, weight: Weight, indexed: Sequence[int]) -> bool:
+        """Returns whether indexing these axes picks no rows of a table, but layers or columns."""
         ...
 
     def varying_axes(self, operand: Var) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.extend.core import JaxprEqn, Primitive
 
-from flax_tied_lora._algebra.factor import MixedAxesError
+from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.protocols import Rule, RuleContext
 from flax_tied_lora._interpreter.same_function import CUSTOM_CALLS, is_call_of
@@ -125,7 +125,7 @@ def apply(context: RuleContext, eqn: JaxprEqn, operands: Sequence[Any]) -> list[
     if found is not None:
         try:
             outputs = found(context, eqn, *operands)
-        except MixedAxesError:
+        except NotServedError:
             outputs = NotImplemented
         if outputs is not NotImplemented:
             return _checked(eqn, outputs)

@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 
 from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._interpreter.context import OnDense
+from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.inner import is_same
 from flax_tied_lora._nnx.leaves import name_of, named
 from flax_tied_lora._verbs.adapt import Evaluated, evaluated
@@ -81,7 +81,7 @@ class _Split:
 
 def call_module(
     module: nnx.Module, adapted: Adapted, shown: Mapping[str, str], function: Callable[..., Any],
-    on_dense: OnDense, args: Any, kwargs: Any,
+    evaluation: Context, args: Any, kwargs: Any,
 ) -> tuple[Any, Evaluated]:  # fmt: skip
     """Returns ``function(module, *args, **kwargs)`` on adapted weights; the module is updated.
 
@@ -131,7 +131,7 @@ def call_module(
             outcomes[:] = [_Outcome(new_graphdef, new_treedef, new_names, same_graph, result)]
             return result.others, leaves
 
-        done = evaluated(traced_call, on_dense, (adapted,), {})
+        done = evaluated(traced_call, evaluation, (adapted,), {})
         (outcome,), (others, leaves) = outcomes, done.result
         leaves = _with_weights_unchanged(leaves, outcome.names, index, places, done)
         named_leaves = zip(outcome.names, leaves, strict=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 
+from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._nnx.checks import Method, check_adapted_module, method_of
 from flax_tied_lora._nnx.leaves import aliases_of
 from flax_tied_lora._nnx.module import AdaptedModule, evaluated_call
@@ -37,7 +38,7 @@ def explain(module: AdaptedModule, *args: Any, method: Method = None, **kwargs: 
     def reads_of(args: Any, kwargs: Any) -> Any:
         state, *args = args
         inner = nnx.merge(graphdef, state)
-        _, done = evaluated_call(inner, function, "allow", args, kwargs)
+        _, done = evaluated_call(inner, function, Context("allow", counts=True), args, kwargs)
         return done.context.reads, done.adapteds
 
     explanation = explained(reads_of, (state, *args), kwargs)

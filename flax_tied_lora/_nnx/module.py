@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from flax_tied_lora._adapters.adapted import Adapted, summary
-from flax_tied_lora._interpreter.context import OnDense
+from flax_tied_lora._interpreter.context import Context, OnDense
 from flax_tied_lora._interpreter.materialised import warn_of_dense
 from flax_tied_lora._interpreter.sites import numbered
 from flax_tied_lora._nnx.calling import call_module
@@ -192,7 +192,7 @@ def _call(
     Args:
       expect_all: whether to warn of an adapter that is not used.
     """
-    result, done = evaluated_call(owner, function, owner.on_dense, args, kwargs)
+    result, done = evaluated_call(owner, function, Context(owner.on_dense), args, kwargs)
     if owner.on_dense == "warn":
         warn_of_dense(numbered(done.context.reads), stacklevel=4)
     if expect_all:
@@ -204,12 +204,12 @@ def _call(
 
 
 def evaluated_call(
-    owner: AdaptedModule, function: Callable[..., Any], on_dense: OnDense, args: Any, kwargs: Any
+    owner: AdaptedModule, function: Callable[..., Any], context: Context, args: Any, kwargs: Any
 ) -> tuple[Any, Evaluated]:
     """Returns ``function(module, *args, **kwargs)`` with the adapters, and how it was evaluated."""
     shown = shown_as(owner.plan, aliases_of(owner.module))
-    symbolic = _symbolic_leaves(owner)
-    return call_module(owner.module, symbolic, shown, function, on_dense, tuple(args), dict(kwargs))
+    leaves = _symbolic_leaves(owner)
+    return call_module(owner.module, leaves, shown, function, context, tuple(args), dict(kwargs))
 
 
 def _attribute(owner: AdaptedModule, parent: Any, find: Callable[[Any], Any], name: str) -> Any:

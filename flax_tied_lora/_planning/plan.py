@@ -18,6 +18,9 @@ from flax_tied_lora._ties.sources import is_table
 
 FORMAT = 1
 
+# The name of DoRA's array beside the factors.
+MAGNITUDE = "lora_magnitude"
+
 # The collections that adapters are kept in, by their kind.
 LORA = "lora"
 MODULES_TO_SAVE = "modules_to_save"
@@ -150,7 +153,7 @@ class GroupPlan:
             "lora_a": (*self.batch, *self.rows, RANK),
             "lora_b": (*self.batch, RANK, *self.cols),
         }
-        return axes | {"lora_magnitude": (*self.batch, *self.cols)} if adapter.dora else axes
+        return axes | {MAGNITUDE: (*self.batch, *self.cols)} if adapter.dora else axes
 
     def shape_of(self, adapter: AdapterPlan) -> tuple[int, ...]:
         """Shape of what an adapter is for: the leaf, or a part of a fused one."""
@@ -183,8 +186,7 @@ class GroupPlan:
         def of_member(axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(sorted(1 - a for a in axes)) if member.transposed else axes
 
-        rows, cols, batch = map(of_member, (self.rows, self.cols, self.batch))
-        return LeafInfo(rows, cols, batch, self.is_table)
+        return LeafInfo(of_member(self.rows), of_member(self.batch), self.is_table)
 
     def tie(self) -> TieGroup:
         """The group without its adapters."""

@@ -14,7 +14,8 @@ from flax_tied_lora._adapters.adapted import Adapted, is_adapted
 from flax_tied_lora._adapters.plain import plain
 from flax_tied_lora._adapters.terms import quantized_weights, weights_of
 from flax_tied_lora._algebra.quantized import Quantized
-from flax_tied_lora._algebra.weight import Dense, Weight
+from flax_tied_lora._algebra.term import Dense
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.context import Context, OnDense
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import warn_of_dense
@@ -71,7 +72,7 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
 
     @functools.wraps(fn, updated=())
     def adapted_fn(*args: Any, **kwargs: Any) -> Any:
-        result, reads, adapteds = call(fn, on_dense, args, kwargs)
+        result, reads, adapteds = call(fn, Context(on_dense), args, kwargs)
         if on_dense == "warn":
             warn_of_dense(numbered(reads))
         warn_of_unread(reads, adapteds)
@@ -89,10 +90,10 @@ def is_opaque(x: Any) -> bool:
 
 
 def call(
-    fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
+    fn: Callable[..., Any], context: Context, args: Sequence[Any], kwargs: Any
 ) -> tuple[Any, list[Read], list[Adapted]]:
     """Returns what ``fn`` returns on adapted arguments, the call sites met, and the arguments."""
-    run = evaluated(fn, on_dense, args, kwargs)
+    run = evaluated(fn, context, args, kwargs)
     return run.returned(run.result), run.context.reads, run.adapteds
 
 
@@ -121,7 +122,7 @@ class Evaluated:
 
 
 def evaluated(
-    fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
+    fn: Callable[..., Any], context: Context, args: Sequence[Any], kwargs: Any
 ) -> Evaluated:
     """Returns the outcome of ``fn``; weights that it hands back are still symbolic."""
     nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=is_opaque)
@@ -134,7 +135,6 @@ def evaluated(
             "pass what wrap returns where the params went. A transformers Flax model needs it as "
             "params=adapted"
         )
-    context = Context(on_dense)
     named = [
         _weights(adapted, mark_of(number, adapteds), context)
         for number, adapted in enumerate(adapteds)
@@ -177,7 +177,9 @@ def _aval(weight: Weight) -> Any:
     base = next(t for t in weight.terms if isinstance(t, Dense | Quantized))
     if isinstance(base, Quantized):
         return base.aval(weight.shape, weight.dtype)
-    return jax.typeof(base.array)
+    if base.factor.in_order():
+        return jax.typeof(base.factor.array)
+    return jax.eval_shape(lambda term: term.array, base)
 
 
 def mark_of(number: int, adapteds: Sequence[Adapted]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.sites import DENSE, DEQUANTISED, Read, numbered, with_batch
 from flax_tied_lora._planning.plan import GroupPlan
 from flax_tied_lora._tree.table import folded, table
@@ -113,7 +114,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
       print(tied_lora.explain(model.apply, {"params": adapted}, tokens))
       tied_lora.explain(model.apply, {"params": adapted}, tokens).assert_tied()
     """
-    return explained(lambda a, k: call(fn, "allow", a, k)[1:], args, kwargs)
+    return explained(lambda a, k: call(fn, Context("allow", counts=True), a, k)[1:], args, kwargs)
 
 
 def explained(meet: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Explanation:

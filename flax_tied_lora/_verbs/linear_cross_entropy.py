@@ -15,7 +15,8 @@ from flax_tied_lora._algebra.factor import accumulator
 from flax_tied_lora._algebra.quantized import frozen
 from flax_tied_lora._algebra.weight import Origin, Weight
 from flax_tied_lora._losses.checks import WHO, check_arrays, check_beside, check_options
-from flax_tied_lora._losses.chunked import Loss, per_token
+from flax_tied_lora._losses.chunked import per_token
+from flax_tied_lora._losses.loss import Loss
 from flax_tied_lora._losses.primitive import bind
 from flax_tied_lora._losses.splitting import FEW_CHUNKS, chunk_of, lanes_of
 from flax_tied_lora._tree.quantized_array import QuantizedArray

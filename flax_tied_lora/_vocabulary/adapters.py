@@ -11,13 +11,18 @@ import jax.numpy as jnp
 
 from flax_tied_lora._adapters.adapted import Adapted, check_slots
 from flax_tied_lora._adapters.terms import weights_of
-from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan, Plan
+from flax_tied_lora._planning.plan import (
+    LORA,
+    MAGNITUDE,
+    TRAINABLE_TOKENS,
+    AdapterPlan,
+    GroupPlan,
+    Plan,
+)
 from flax_tied_lora._tree.boxes import boxed_as, in_place, unboxed
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._vocabulary.leaves import WHAT
 from flax_tied_lora._vocabulary.rows import extended
-
-_MAGNITUDE = "lora_magnitude"
 
 
 def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, int]) -> Adapted:
@@ -66,7 +71,7 @@ def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, 
         if group.key in axes and adapter.dora:
             pair = adapters[LORA][adapter.key]
             magnitude = _magnitude(adapted, result, group, adapter, axes[group.key], keep)
-            adapters[LORA][adapter.key] = {**pair, _MAGNITUDE: magnitude}
+            adapters[LORA][adapter.key] = {**pair, MAGNITUDE: magnitude}
     return result
 
 
@@ -97,20 +102,20 @@ def _magnitude(
 
     The norm of a table's column counts new rows too; an old token's row must not change by it.
     """
-    old = before.adapters[LORA][adapter.key][_MAGNITUDE]
+    old = before.adapters[LORA][adapter.key][MAGNITUDE]
     if isinstance(unboxed(old), jax.ShapeDtypeStruct):
-        return after.adapters[LORA][adapter.key][_MAGNITUDE]
-    leaf_axes = group.axes(adapter)[_MAGNITUDE]
+        return after.adapters[LORA][adapter.key][MAGNITUDE]
+    leaf_axes = group.axes(adapter)[MAGNITUDE]
     scale = _scale(before, group.key, leaf_axes)
     if axis in leaf_axes:
         position = leaf_axes.index(axis)
-        shape = group.shapes(adapter)[_MAGNITUDE]
+        shape = group.shapes(adapter)[MAGNITUDE]
         new = jnp.ones([n - keep if i == position else n for i, n in enumerate(shape)], scale.dtype)
         scale = extended(scale, position, keep, new, path=adapter.key)
-    ones = {**after.adapters[LORA][adapter.key], _MAGNITUDE: jnp.ones(scale.shape, scale.dtype)}
+    ones = {**after.adapters[LORA][adapter.key], MAGNITUDE: jnp.ones(scale.shape, scale.dtype)}
     adapters = {**after.adapters, LORA: {**after.adapters[LORA], adapter.key: ones}}
     inverse = _scale(dataclasses.replace(after, adapters=adapters), group.key, leaf_axes)
-    grown = after.adapters[LORA][adapter.key][_MAGNITUDE]
+    grown = after.adapters[LORA][adapter.key][MAGNITUDE]
     return in_place(grown, (scale / inverse).astype(unboxed(old).dtype))
 
 

@@ -19,8 +19,8 @@ LEAF = "embed/embedding"
 ADAPTED = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"])
 WEIGHT = weights_of(ADAPTED, flatten(ADAPTED.params)[0])[LEAF]
 MERGED = tied_lora.merge(ADAPTED)["embed"]["embedding"]
-TABLE = LeafInfo((0,), (1,), (), True)
-KERNEL = LeafInfo((0,), (1,), (), False)
+TABLE = LeafInfo((0,), (), True)
+KERNEL = LeafInfo((0,), (), False)
 X = array(3, 6, seed=2)
 
 
@@ -29,7 +29,7 @@ X = array(3, 6, seed=2)
     [
         (TABLE, "gather", 0, False),
         (KERNEL, "gather", 0, False),
-        (LeafInfo((1,), (), (0,), False), "gather", 0, True),  # a layer of a stack
+        (LeafInfo((1,), (0,), False), "gather", 0, True),  # a layer of a stack
         (TABLE, "dynamic_slice", 0, False),
         (TABLE, "dynamic_slice", 1, True),  # some columns
         (KERNEL, "dynamic_slice", 0, True),

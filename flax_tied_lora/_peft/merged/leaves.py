@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import lax
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._adapters.terms import weights_of
@@ -196,9 +195,4 @@ def _slice(weight: Weight, axis: int, index: int) -> Weight:
     """Returns a slice of a weight, without that axis; its factors are sliced, not their product."""
     kept = [i for i in range(len(weight.shape)) if i != axis]
     aval = jax.ShapeDtypeStruct(tuple(weight.shape[i] for i in kept), weight.dtype)
-    return weight.rearrange(
-        aval,
-        lambda array: lax.index_in_dim(array, index, axis, keepdims=False),
-        lambda factor: factor.at(axis, index),
-        [(i,) for i in kept],
-    )
+    return weight.rearrange(aval, lambda factor: factor.at(axis, index), [(i,) for i in kept])
