@@ -57,6 +57,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: package
+# The two files of a release, in dist/: the wheel is made from the source distribution.
+package: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 # As benchmarks/_harness.py has it.
 KEPT_MEMORY := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592
 
@@ -83,7 +90,7 @@ bench-long: $(VENV)/.bench
 	$(BIN)/python benchmarks/_report.py
 
 clean:
-	rm -rf $(VENV) .venv-tpu .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-tpu dist .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found" >&2; exit 1; }

@@ -22,7 +22,7 @@ from flax_tied_lora._planning.plan import AdapterPlan, GroupPlan, Plan
 from flax_tied_lora._planning.targets import UnmatchedTargetWarning
 from flax_tied_lora._planning.tying import WeightTyingWarning
 from flax_tied_lora._ties.find import find_ties
-from flax_tied_lora._ties.sources import Member, TieGroup
+from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._train.gradients import value_and_grad
 from flax_tied_lora._tree.paths import TiedLeaf
 from flax_tied_lora._tree.quantized_array import QuantizedArray

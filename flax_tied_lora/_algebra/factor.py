@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -95,6 +95,26 @@ class Factor:
             return ordered.array
         dims = [i for i, a in enumerate(order) if a in ordered.axes]
         return lax.broadcast_in_dim(ordered.array, tuple(shape), dims)
+
+    def padded(self, margins: Mapping[int, Sequence[int]]) -> Factor:
+        """Returns the factor of the weight padded with zeros.
+
+        Args:
+          margins: for each axis that is padded low, high and interior, as `lax.pad` has them.
+        """
+        config: list[Any] = [tuple(map(int, margins.get(a, (0, 0, 0)))) for a in self.axes]
+        if not any(map(any, config)):
+            return self
+        zero = jnp.zeros((), self.array.dtype)
+        return Factor(lax.pad(self.array, zero, config), self.axes)
+
+    def at(self, axis: int, index: int) -> Factor:
+        """Returns the factor of the weight at an index of an axis, without that axis."""
+        array, axes = self.array, self.axes
+        if axis in axes:
+            array = lax.index_in_dim(array, index, axes.index(axis), keepdims=False)
+            axes = tuple(a for a in axes if a != axis)
+        return Factor(array, axes).relabel(lambda a: a - (a > axis))
 
     def times(self, scale: Factor) -> Factor:
         """Returns the product with a factor over some of this one's axes."""

@@ -128,7 +128,7 @@ class Context:
           operand: what it is multiplied with.
           contracted: axes of the operand, in the order of ``summed``.
         """
-        shape = operand.aval.shape
+        shape = getattr(operand.aval, "shape", ())
         long = [axis for axis in contracted if shape[axis] != 1]
         if len(long) == 1 and long[0] in self.provenance.one_hot_axes(operand):
             return True

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._tree.sharding import automatic_parts, explicit, parts, single
+from flax_tied_lora._tree.sharding import automatic_shard_count, explicit, shard_count, single
 
 # Tokens of a chunk: a sixteenth of all, within these bounds in each lane. Fewer than 128 leave
 # products too thin to be worth reading the table for; more than 1,024 gain nothing.
@@ -35,8 +35,8 @@ def lanes_of(hidden: Array) -> int:
     if hidden.ndim < 2 or not hidden.size:
         return 1
     if (sharding := explicit(aval)) is not None:
-        return parts(sharding.mesh, sharding.spec[0])
-    return math.gcd(automatic_parts(hidden), hidden.shape[0])
+        return shard_count(sharding.mesh, sharding.spec[0])
+    return math.gcd(automatic_shard_count(hidden), hidden.shape[0])
 
 
 def chunk_of(tokens: int, lanes: int) -> int:

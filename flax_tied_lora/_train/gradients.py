@@ -1,4 +1,4 @@
-"""Gradients of the adapters only."""
+"""`value_and_grad`: a loss, and its gradient with respect to the adapters only."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def value_and_grad(
       adapted = adapted.replace(adapters=optax.apply_updates(adapted.adapters, updates))
     """
 
-    def run(adapted: Adapted, *args: _P.args, **kwargs: _P.kwargs) -> tuple[_R, Adapters]:
+    def value_and_grads(
+        adapted: Adapted, *args: _P.args, **kwargs: _P.kwargs
+    ) -> tuple[_R, Adapters]:
         if not isinstance(adapted, Adapted):
             raise TypeError(
                 f"value_and_grad: the first argument is a {type(adapted).__name__}; expected an "
@@ -60,7 +62,7 @@ def value_and_grad(
             return loss_fn(adapted.replace(adapters=adapters), *args, **kwargs)
 
         value, grads = jax.value_and_grad(of_adapters, has_aux=has_aux)(adapted.adapters)
-        # A loss that was compiled gives them back as the compiler had them.
+        # The gradients of a compiled loss have the sharding that the compiler chose.
         return value, jax.tree.map(in_place, adapted.adapters, grads)
 
-    return run
+    return value_and_grads

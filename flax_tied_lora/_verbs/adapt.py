@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 import jax
 
 from flax_tied_lora._adapters.adapted import Adapted, is_adapted
-from flax_tied_lora._adapters.merge import plain
+from flax_tied_lora._adapters.plain import plain
 from flax_tied_lora._adapters.terms import quantized_weights, weights_of
 from flax_tied_lora._algebra.quantized import Quantized
 from flax_tied_lora._algebra.weight import Dense, Weight
@@ -52,12 +52,12 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
 
     Args:
       fn: any function of params: a model's ``apply``, a loss, a training step.
-      on_dense: what to do where a weight meets an operation without a low-rank rule and is added up
-        into one array: ``"warn"`` once for each such place, ``"error"``, or ``"allow"``.
+      on_dense: what to do where a weight meets an operation without a low-rank rule, so that its
+        sum is materialised: ``"warn"`` once for each such place, ``"error"``, or ``"allow"``.
 
     Raises:
       ValueError: the call has no `Adapted` among its arguments; or (`DensifyError`) a weight had to
-        be added up and ``on_dense="error"``.
+        be materialised and ``on_dense="error"``.
 
     Example::
 
@@ -98,7 +98,7 @@ def call(
 
 @dataclasses.dataclass
 class Evaluated:
-    """What a function of adapted arguments came to.
+    """The outcome of a function of adapted arguments.
 
     Attributes:
       result: what it returned, with symbolic weights where it handed them back.
@@ -113,7 +113,7 @@ class Evaluated:
     adapteds: list[Adapted]
 
     def returned(self, tree: Any) -> Any:
-        """Returns a part of the result with the weights in it added up."""
+        """Returns a part of the result with the weights in it materialised."""
         return jax.tree.map(
             lambda x: self.context.returned(x) if isinstance(x, Weight) else x, tree,
             is_leaf=lambda x: isinstance(x, Weight),
@@ -123,7 +123,7 @@ class Evaluated:
 def evaluated(
     fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
 ) -> Evaluated:
-    """Returns what ``fn`` comes to on adapted arguments, weights that it hands back symbolic."""
+    """Returns the outcome of ``fn``; weights that it hands back are still symbolic."""
     nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=is_opaque)
     places = [i for i, x in enumerate(nodes) if is_adapted(x)]
     adapteds = [nodes[i] for i in places]
@@ -139,13 +139,13 @@ def evaluated(
         _weights(adapted, mark_of(number, adapteds), context)
         for number, adapted in enumerate(adapteds)
     ]
-    weights = [w for own in named for w in own.values()]
+    weights = [w for of_argument in named for w in of_argument.values()]
     fill = filling(outer, nodes, places)
 
     def arguments(values: Sequence[Any]) -> Any:
         rest = iter(values)
-        arrays = [{path: next(rest) for path in own} for own in named]
-        return fill([plain(a, own) for a, own in zip(adapteds, arrays, strict=True)])
+        arrays = [{path: next(rest) for path in of_argument} for of_argument in named]
+        return fill([plain(a, by_path) for a, by_path in zip(adapteds, arrays, strict=True)])
 
     closed, outputs = Calls(fn, arguments).jaxpr([_aval(w) for w in weights])
     values = evaluate(context, closed.jaxpr, closed.consts, weights)

@@ -31,7 +31,7 @@ _R = TypeVar("_R", default=Any)
 
 @jax.tree_util.register_pytree_node_class
 class AdaptedModel(Generic[_P, _R]):
-    """A model object whose methods take ``params=``, adapted: called as it is, with all it has.
+    """A model object whose methods take ``params=``, with an `Adapted` in their place.
 
     For transformers' Flax models, and any object built like them; transformers is not needed.
     Every method that takes ``params`` (the call itself, ``generate``, ``encode``, ``decode``) is
@@ -221,7 +221,7 @@ class AdaptedModel(Generic[_P, _R]):
     def _program(
         self, key: Any, method: Callable[..., Any], fill: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """Returns a function of a call's arrays, compiled where it can be known again."""
+        """Returns a function of a call's arrays: compiled once for a key, if the key has a hash."""
         served = adapt(method, on_dense=self._on_dense)
 
         def run(values: Sequence[Any]) -> Any:
@@ -293,11 +293,11 @@ def _without_params(model: Any) -> Any:
     """Returns a shallow copy of a model, with shapes in the place of its own params."""
     bare = copy.copy(model)
     try:
-        own = model.params
+        params = model.params
     except (AttributeError, ValueError):  # It has none, or says that it has none.
         return bare
     try:
-        bare.params = jax.eval_shape(lambda: own)
+        bare.params = jax.eval_shape(lambda: params)
     except AttributeError as error:
         raise TypeError(
             f"AdaptedModel: {type(model).__name__}.params cannot be set, so its own params could "

@@ -35,8 +35,8 @@ class Explanation:
     def of(self, key: str) -> tuple[Read, ...]:
         """Returns the call sites of a group, by its key."""
         # Of several adapted arguments, each has its mark behind the key.
-        own = [g for g in self.groups if f"{g.key} (".startswith(f"{key} (")]
-        paths = {m.path for g in own for m in g.members} or {key}
+        groups = [g for g in self.groups if f"{g.key} (".startswith(f"{key} (")]
+        paths = {m.path for g in groups for m in g.members} or {key}
         return tuple(r for r in self.reads if r.site.leaf in paths)
 
     def to_dicts(self) -> list[dict[str, Any]]:

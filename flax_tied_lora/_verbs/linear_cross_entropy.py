@@ -31,7 +31,7 @@ def linear_cross_entropy(
     logit_soft_cap: float | None = None, logit_scale: float = 1.0, axis_name: str | None = None,
     chunk_size: int | None = None, precision: lax.PrecisionLike = None,
 ) -> Array:  # fmt: skip
-    """Returns the softmax cross-entropy of ``hidden @ table.T``, of which a chunk is ever there.
+    """Returns the softmax cross-entropy of ``hidden @ table.T``, a chunk of logits at a time.
 
     The logits are ``soft_cap(logit_scale * (hidden @ table.T + bias))``. Products accumulate in
     float32, and all that follows them is float32. Differentiated in reverse mode, the gradients of
@@ -137,7 +137,7 @@ def _weight(table: Any) -> Weight:
 
 
 def _refuse_adapted(**arguments: Any) -> None:
-    """Refuses an `Adapted`: what takes the place of its leaves is there inside `adapt` only.
+    """Refuses an `Adapted`, whose leaves are weights only inside of `adapt`.
 
     Raises:
       TypeError: an argument is one.

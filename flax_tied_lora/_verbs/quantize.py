@@ -89,7 +89,7 @@ def quantize(
     leaves, treedef = flatten(params)
     excluded = _excluded(leaves, exclude_modules)
     made: dict[int, Any] = {}  # by the array, so that what is shared stays shared
-    found = {}
+    quantized = {}
     for path, leaf in leaves.items():
         if is_quantized(leaf):
             raise ValueError(
@@ -102,13 +102,13 @@ def quantize(
         if axis_and_block is not None:
             if id(leaf) not in made:
                 made[id(leaf)] = QuantizedArray.of(leaf, qtype, *axis_and_block)
-            found[path] = made[id(leaf)]
-    if not found:
+            quantized[path] = made[id(leaf)]
+    if not quantized:
         raise ValueError(
             "quantize: no leaf to quantise: none has two axes, one of them a multiple of 16, and "
             "is not excluded"
         )
-    return jax.tree.unflatten(treedef, [found.get(p, x) for p, x in leaves.items()])
+    return jax.tree.unflatten(treedef, [quantized.get(p, x) for p, x in leaves.items()])
 
 
 def _excluded(leaves: Mapping[str, Any], names: Any) -> set[str]:

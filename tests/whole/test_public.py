@@ -66,7 +66,7 @@ def test_a_public_module_is_loaded_when_something_in_it_is_asked_for():
         from flax_tied_lora import *
         from flax_tied_lora import peft as imported
         assert "flax.nnx" not in sys.modules
-        assert tied_lora.nnx.wrap.__module__ == "flax_tied_lora._nnx.verbs"
+        assert tied_lora.nnx.wrap.__module__ == "flax_tied_lora._nnx.wrap"
         assert "flax.nnx" in sys.modules and "orbax" not in sys.modules
         import flax_tied_lora.peft
         from flax_tied_lora.checkpoint import save

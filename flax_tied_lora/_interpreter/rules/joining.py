@@ -17,7 +17,7 @@ from flax_tied_lora._algebra.site_filter import OTHER
 from flax_tied_lora._algebra.weight import LowRank, Weight
 from flax_tied_lora._algebra.weight import add as total_of
 from flax_tied_lora._interpreter.registry import rule
-from flax_tied_lora._interpreter.rules.layout import drop, same_axes
+from flax_tied_lora._interpreter.rules.layout import same_axes
 
 
 @rule("split")
@@ -54,14 +54,6 @@ def pad(context, eqn, weight, value):
     return [Weight.of(context.run(eqn, [dense, value])[0], deltas, weight.origins)]
 
 
-def pad_factor(factor: Factor, config: Mapping[int, Sequence[int]]) -> Factor:
-    """Returns a factor padded with zeros, ``config`` giving low, high and interior for an axis."""
-    full: list[Any] = [tuple(map(int, config.get(a, (0, 0, 0)))) for a in factor.axes]
-    if not any(map(any, full)):
-        return factor
-    return Factor(lax.pad(factor.array, jnp.zeros((), factor.array.dtype), full), factor.axes)
-
-
 @rule("concatenate")
 def concatenate(context, eqn, *operands):
     return [joined(operands, eqn.params["dimension"], eqn.outvars[0].aval)]
@@ -94,11 +86,11 @@ def _padded(term: Any, margins: Mapping[int, Sequence[int]]) -> Any:
 
     def move(factor: Factor) -> Factor:
         reached.update(factor.axes)
-        return pad_factor(factor, margins)
+        return factor.padded(margins)
 
     def run(array: Any) -> Any:
         reached.update(range(array.ndim))
-        return pad_factor(Factor(array, tuple(range(array.ndim))), margins).array
+        return Factor(array, tuple(range(array.ndim))).padded(margins).array
 
     padded = term.rearrange(run, move)
     if not set(margins) <= reached:
@@ -181,18 +173,11 @@ def unstack(context, eqn, weight):
     axis, outputs = eqn.params["axis"], []
     held = [(i,) for i in range(len(weight.shape)) if i != axis]
     for index, outvar in enumerate(eqn.outvars):
-
-        def at(factor: Factor, index: int = index) -> Factor:
-            if axis in factor.axes:
-                cut = lax.slice_in_dim(factor.array, index, index + 1, axis=factor.axes.index(axis))
-                factor = drop(Factor(cut, factor.axes), (axis,))
-            return factor.relabel(lambda a: a - (a > axis))
-
         outputs.append(
             weight.rearrange(
                 outvar.aval,
                 lambda array, index=index: lax.index_in_dim(array, index, axis, keepdims=False),
-                at,
+                lambda factor, index=index: factor.at(axis, index),
                 held,
             )
         )

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from flax_tied_lora._peft.adapter.folder import AdapterFileError, read_adapter
-from flax_tied_lora._peft.files import formats, tensors_in
+from flax_tied_lora._peft.files import safetensors_format as formats
+from flax_tied_lora._peft.files import safetensors_read
 from tests.helpers import sample_adapter as sample
 from tests.helpers.damage import (
     CONFIG,
@@ -123,7 +124,7 @@ def test_file_replaced_while_its_header_is_read(adapter, monkeypatch):
         shutil.copy(path, adapter / "new")
         shutil.move(adapter / "new", path)
 
-    monkeypatch.setattr(tensors_in, "judge_by_the_library", replace)
+    monkeypatch.setattr(safetensors_read, "judge_by_the_library", replace)
     with pytest.raises(AdapterFileError, match=f"{WEIGHTS}: found the file replaced while it was"):
         read_adapter(adapter)
 

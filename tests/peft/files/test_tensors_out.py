@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from flax_tied_lora._peft.adapter.folder import AdapterFileError, read_adapter, write_adapter
-from flax_tied_lora._peft.files import formats, tensors_out
-from flax_tied_lora._peft.files.tensors_in import open_safetensors
-from flax_tied_lora._peft.files.tensors_out import write_safetensors
+from flax_tied_lora._peft.files import safetensors_format as formats
+from flax_tied_lora._peft.files import safetensors_write
+from flax_tied_lora._peft.files.safetensors_read import open_safetensors
+from flax_tied_lora._peft.files.safetensors_write import write_safetensors
 from tests.helpers import sample_adapter as sample
 from tests.helpers.damage import CONFIG, INDEX, WEIGHTS, equal, snapshot
 from tests.helpers.sample_adapter import TEXT, sources, tensors
@@ -84,7 +85,7 @@ def test_metadata(tmp_path):
 
 @pytest.mark.parametrize("part", [1, 50, 2**24])
 def test_views_and_foreign_byte_orders_and_jax_arrays(tmp_path, monkeypatch, part):
-    monkeypatch.setattr(tensors_out, "_PART", part)
+    monkeypatch.setattr(safetensors_write, "_CHUNK", part)
     x = np.arange(24, dtype=np.float32).reshape(4, 6)
     arrays = {
         "transposed": x.T,

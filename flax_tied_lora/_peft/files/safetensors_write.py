@@ -1,6 +1,7 @@
 """Tensors written to safetensors files, with one of them in memory at a time.
 
-The safetensors library wants all tensors at once. The files made here are its own, byte for byte.
+The safetensors library takes all tensors at once. The files written here equal the library's, byte
+for byte.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_tied_lora._peft.files import formats
+from flax_tied_lora._peft.files import safetensors_format as formats
 from flax_tied_lora._peft.files.errors import AdapterFileError, listed, operating_system, shown
 from flax_tied_lora._peft.files.replacement import replacement
 from flax_tied_lora._tree.processes import in_one_process
 
-_PART = 2**24
+_CHUNK = 2**24
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 class TensorSource(NamedTuple):
-    """A tensor to be written: what it is, and a function that gives it when its turn comes."""
+    """A tensor to be written: what it is, and a function that makes it when its turn comes."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,28 +47,28 @@ def write_safetensors(
 ) -> None:
     """Writes tensors to ``<stem>.safetensors``, or to shards of it and their index.
 
-    A directory that is there keeps its other files, and keeps all of them as they are if anything
-    fails. What is replaced is replaced together: see `replacement`. Of several processes that call
-    this, the first writes.
+    An existing directory keeps its other files, and all of its files if anything fails. What is
+    replaced is replaced together: see `replacement`. Of several processes that call this, the first
+    writes.
 
     Args:
-      directory: where to write; made if it is not there.
+      directory: where to write; made if it does not exist.
       tensors: name, shape, dtype and a function without arguments that returns the array (NumPy's
         or JAX's, none that is spread over processes), called once. Only one array is held at a
         time.
       stem: "model" as transformers reads it, "adapter_model" as PEFT does.
-      max_shard_size: bytes of tensors in a file at most, as an int or as "5GB"; a larger tensor is
-        alone in its file. None: one file.
+      max_shard_size: bytes of tensors in a file at most, as an int or as "5GB"; a larger tensor
+        has a file of its own. None: one file.
       metadata: strings for the header; by default ``{"format": "pt"}``, which transformers needs.
       texts: other files that belong to the tensors, name to text; the last one is put in place
         last, so it should be the one that readers look for first.
-      extras: other files to write where there are none of that name; those that are there stay.
+      extras: files to write where the directory has none of that name, name to text.
       stale: names of files to remove that the new ones replace.
-      overwrite: whether to replace files that are there; False: they are an error.
+      overwrite: whether to replace existing files; False: they are an error.
 
     Raises:
-      AdapterFileError: files that are there, names, shapes or dtypes that cannot be stored, an
-        array that is not as announced, or a system that refuses.
+      AdapterFileError: files exist; a name, shape or dtype cannot be stored; an array is not as
+        announced; or the operating system refuses.
       Exception: what a tensor's function raises, as it is.
     """
     directory = Path(directory)
@@ -81,7 +82,7 @@ def write_safetensors(
 
     def write() -> None:
         with replacement(directory) as new:
-            old = _present(directory, stem, [*texts, *stale], overwrite)
+            old = _files_to_replace(directory, stem, [*texts, *stale], overwrite)
             for name, members in files.items():
                 new.write(name, _content(directory / name, members, metadata))
             for name, text in texts.items():
@@ -96,24 +97,26 @@ def write_safetensors(
     ))  # fmt: skip
 
 
-def _present(directory: Path, stem: str, names: Sequence[str], overwrite: bool) -> list[str]:
-    """Returns the names of the files that are to be replaced."""
+def _files_to_replace(
+    directory: Path, stem: str, names: Sequence[str], overwrite: bool
+) -> list[str]:
+    """Returns the names of a directory's files that the new ones replace."""
     index = f"{stem}.safetensors.index.json"
     shard = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors")
     with operating_system(directory, "list the files in it"):
         paths = list(directory.iterdir())
-    found = [p for p in paths if p.name in (index, *names) or shard.fullmatch(p.name)]
-    for path in found:
+    old = [p for p in paths if p.name in (index, *names) or shard.fullmatch(p.name)]
+    for path in old:
         if path.is_dir():
             raise AdapterFileError(
                 f"{path}: found a directory; expected a file, or nothing; move it away"
             )
-    if found and not overwrite:
+    if old and not overwrite:
         raise AdapterFileError(
-            f"{directory}: found {listed(sorted(path.name for path in found))}; expected none of "
+            f"{directory}: found {listed(sorted(path.name for path in old))}; expected none of "
             "these to be there; pass overwrite=True to replace them, or another directory"
         )
-    return [path.name for path in found]
+    return [path.name for path in old]
 
 
 def _checked(
@@ -182,7 +185,7 @@ def _size(given: int | str | None) -> float:
 def _shards(sources: list[TensorSource], most: float) -> list[list[TensorSource]]:
     """Returns the tensors of each file, as transformers splits them.
 
-    In the order given, a new file when one is full; one that is too large alone has its own.
+    In the order given, a new file when one is full; a tensor too large for any file has its own.
     """
     shards: list[list[TensorSource]] = []
     current: list[TensorSource] = []
@@ -221,7 +224,7 @@ def _index(files: Mapping[str, list[TensorSource]]) -> str:
 def _content(
     path: Path, tensors: list[TensorSource], metadata: Mapping[str, str]
 ) -> Iterator[bytes | memoryview]:
-    """Gives a file's bytes in parts."""
+    """Yields a file's bytes in chunks."""
     header = formats.header([(t.name, t.shape, t.dtype) for t in tensors], metadata)
     if len(header) - 8 > formats.MAX_HEADER:
         raise AdapterFileError(
@@ -230,11 +233,11 @@ def _content(
         )
     yield header
     for tensor in tensors:
-        yield from _parts(path, tensor)
+        yield from _chunks(path, tensor)
 
 
-def _parts(path: Path, tensor: TensorSource) -> Iterator[memoryview]:
-    """Gives an array's bytes in its logical order; of one that is a view, a part is copied."""
+def _chunks(path: Path, tensor: TensorSource) -> Iterator[memoryview]:
+    """Yields an array's bytes in logical order; of a strided array, a chunk at a time is copied."""
     array = np.asarray(tensor.get())
     if array.shape != tensor.shape or array.dtype.newbyteorder("<") != tensor.dtype:
         raise AdapterFileError(
@@ -247,7 +250,7 @@ def _parts(path: Path, tensor: TensorSource) -> Iterator[memoryview]:
         yield array.reshape(-1).view(np.uint8).data
         return
     rows = array.reshape(1) if array.ndim == 0 else array
-    step = max(1, _PART * len(rows) // rows.nbytes)
+    step = max(1, _CHUNK * len(rows) // rows.nbytes)
     for start in range(0, len(rows), step):
-        part = np.ascontiguousarray(rows[start : start + step], dtype=tensor.dtype)
-        yield part.reshape(-1).view(np.uint8).data
+        chunk = np.ascontiguousarray(rows[start : start + step], dtype=tensor.dtype)
+        yield chunk.reshape(-1).view(np.uint8).data

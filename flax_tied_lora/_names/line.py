@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -11,8 +12,6 @@ from flax_tied_lora._names.layout import KINDS, Layout, TorchWeight, parse_layou
 from flax_tied_lora._tree.paths import leaf_name
 
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
-# What a leaf is called whose layout need not be said.
-_TRANSPOSED, _AS_IT_IS = "in out -> out in", "d -> d"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Line:
       name: pattern of PyTorch parameter names.
       kind: of the parameter: see `TorchWeight`.
       layout: which axes are which.
+      path_regex, name_regex: the two patterns, with a group for each placeholder.
     """
 
     path: str
@@ -36,14 +36,14 @@ class Line:
     def weights(
         self, path: str, ndim: int, shape: Sequence[int] | None
     ) -> tuple[TorchWeight, ...] | None:
-        """Returns the parameters that a leaf is in PyTorch, or None if it is none of this line's.
+        """Returns the parameters that a leaf is in PyTorch; None if the line is for other leaves.
 
         Raises:
           ValueError: the leaf has another number of axes than the layout, or there are as many
             parameters as the leaf has slices, and no shape to tell their number.
         """
-        found = self.path_regex.fullmatch(path)
-        if not found:
+        match = self.path_regex.fullmatch(path)
+        if not match:
             return None
         if ndim != self.layout.ndim:
             size = f"of {ndim} axes" if shape is None else f"{list(shape)}"
@@ -59,16 +59,16 @@ class Line:
             )
         sizes = [] if shape is None else [shape[axis] for axis in counted]
         return tuple(
-            self._weight(found.groupdict(), dict(zip(counted, index, strict=True)))
+            self._weight(match.groupdict(), dict(zip(counted, index, strict=True)))
             for index in _indices(sizes)
         )
 
     def leaf(self, name: str) -> tuple[str, TorchWeight] | None:
-        """Returns the Flax path for a PyTorch name, or None if it is none of this line's."""
-        found = self.name_regex.fullmatch(name)
-        if not found:
+        """Returns the leaf of a PyTorch name, and where in it; None if the line is for others."""
+        match = self.name_regex.fullmatch(name)
+        if not match:
             return None
-        fields = found.groupdict()
+        fields = match.groupdict()
         index = {axis: int(fields[i]) for axis, i in self.layout.part if isinstance(i, str)}
         return _fill(self.path, fields), self._weight(fields, index)
 
@@ -134,8 +134,8 @@ def _checked(path: str, name: str, text: str | None, kind: str | None) -> Line:
 def _default_layout(path: str) -> str:
     last = leaf_name(path)
     if last == "kernel":
-        return _TRANSPOSED
-    return "row column -> row column" if last.endswith("embedding") else _AS_IT_IS
+        return "in out -> out in"
+    return "row column -> row column" if last.endswith("embedding") else "d -> d"
 
 
 def _default_kind(path: str, name: str, axes: int) -> str:
@@ -152,16 +152,17 @@ def _numbered(pattern: str) -> str:
     """Returns a pattern whose ``{}`` have names: ``_0``, ``_1``, in order."""
     count = 0
 
-    def name(found: re.Match[str]) -> str:
+    def name(placeholder: re.Match[str]) -> str:
         nonlocal count
-        count += not found[1]
-        return found[0] if found[1] else f"{{_{count - 1}}}"
+        count += not placeholder[1]
+        return placeholder[0] if placeholder[1] else f"{{_{count - 1}}}"
 
     return _PLACEHOLDER.sub(name, pattern)
 
 
 def _fields(pattern: str) -> set[str]:
-    names = [found[1] for found in _PLACEHOLDER.finditer(pattern)]
+    """Returns the names of a pattern's placeholders; of ``{}``, those of `_numbered`."""
+    names = [placeholder[1] for placeholder in _PLACEHOLDER.finditer(pattern)]
     given = [n for n in names if n]
     if re.search(r"[{}]", _PLACEHOLDER.sub("", pattern)) or not all(map(str.isidentifier, given)):
         raise ValueError(f"{pattern!r} has a brace that is no {{}} and no {{name}}")
@@ -172,23 +173,23 @@ def _fields(pattern: str) -> set[str]:
 
 def _regex(pattern: str, slices: Collection[str] = ()) -> re.Pattern[str]:
     text, start, numbered = "", 0, _numbered(pattern)
-    for found in _PLACEHOLDER.finditer(numbered):
+    for placeholder in _PLACEHOLDER.finditer(numbered):
         # A slice's number has one spelling only, so that its name is one to one with it.
-        digits = "0|[1-9][0-9]*" if found[1] in slices else "[0-9]+"
-        text += re.escape(numbered[start : found.start()]) + rf"(?P<{found[1]}>{digits})"
-        start = found.end()
+        digits = "0|[1-9][0-9]*" if placeholder[1] in slices else "[0-9]+"
+        text += re.escape(numbered[start : placeholder.start()])
+        text += rf"(?P<{placeholder[1]}>{digits})"
+        start = placeholder.end()
     return re.compile(text + re.escape(numbered[start:]))
 
 
 def _fill(pattern: str, fields: Mapping[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda found: fields[found[1]], _numbered(pattern))
+    """Returns a pattern with its placeholders filled in."""
+    return _PLACEHOLDER.sub(lambda placeholder: fields[placeholder[1]], _numbered(pattern))
 
 
 def _indices(sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    indices: list[tuple[int, ...]] = [()]
-    for size in sizes:
-        indices = [(*index, i) for index in indices for i in range(size)]
-    return indices
+    """Returns the indices of all elements of an array of this shape, in order."""
+    return list(itertools.product(*map(range, sizes)))
 
 
 def digest(text: str) -> str:
@@ -198,12 +199,11 @@ def digest(text: str) -> str:
 
 def check_whole(path: str, weights: Sequence[TorchWeight], shape: Sequence[int]) -> None:
     """Raises ValueError unless the slices are the whole leaf, each once."""
-    found = [w.part for w in weights]
-    axes = [axis for axis, _ in found[0]]
+    axes = [axis for axis, _ in weights[0].part]
     whole = set(_indices([shape[axis] for axis in axes]))
-    indices = [tuple(i for _, i in part) for part in found]
-    same_axes = all([axis for axis, _ in part] == axes for part in found)
-    if not same_axes or len(found) != len(whole) or set(indices) != whole:
+    indices = [tuple(i for _, i in w.part) for w in weights]
+    same_axes = all([axis for axis, _ in w.part] == axes for w in weights)
+    if not same_axes or len(weights) != len(whole) or set(indices) != whole:
         raise ValueError(
             f"{path!r} {list(shape)} is not covered once by its PyTorch parameters "
             f"{', '.join(w.name for w in weights)}: the table of names needs one line for each "

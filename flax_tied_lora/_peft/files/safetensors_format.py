@@ -16,13 +16,13 @@ import ml_dtypes
 import numpy as np
 
 METADATA = "__metadata__"
-# What the safetensors library reads at most.
+# The largest header that the safetensors library reads, in bytes.
 MAX_HEADER = 100_000_000
 # NumPy 1 has 32 axes at most, and NumPy's index type 63 bits.
 MAX_AXES, MAX_BYTES = 32, 2**63 - 1
 
-# In the order in which the library lays tensors out, from the last one to the first: so every
-# tensor starts at a multiple of its element's size.
+# In reverse of the order in which the library lays tensors out. The widest come first in a file, so
+# that every tensor starts at a multiple of its element's size.
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype("<u1"),
@@ -41,7 +41,7 @@ DTYPES: dict[str, np.dtype] = {
     "U64": np.dtype("<u8"),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_RANKS = {name: i for i, name in enumerate(DTYPES)}
+_ORDER = {name: i for i, name in enumerate(DTYPES)}
 
 
 def bytes_of(shape: Sequence[int], dtype: np.dtype) -> int:
@@ -50,14 +50,14 @@ def bytes_of(shape: Sequence[int], dtype: np.dtype) -> int:
 
 
 def can_be_array(shape: Sequence[int], dtype: np.dtype) -> bool:
-    """Says whether NumPy has arrays of this shape; it has not even all empty ones."""
+    """Returns whether NumPy has arrays of this shape; it lacks even some empty ones."""
     nonzero = [size for size in shape if size]
     return len(shape) <= MAX_AXES and bytes_of(nonzero, dtype) <= MAX_BYTES
 
 
 def layout_order(name: str, dtype: np.dtype) -> tuple[int, str]:
     """Returns a key that sorts tensors into the order of their bytes."""
-    return -_RANKS[NAMES[dtype]], name
+    return -_ORDER[NAMES[dtype]], name
 
 
 def header(

@@ -1,60 +1,25 @@
-"""The tables of transformers' Flax families.
+"""The tables of names of transformers' Flax families.
 
 There a leaf's path is the PyTorch module's name, so that a table is a list of modules by kind.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
-from flax_tied_lora._names.table import Line, make_line
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What is known of a model family.
-
-    Attributes:
-      lines: the table.
-      table: Flax path of the input embedding.
-      shared: PyTorch modules that always share its weight.
-      heads: those that do where the config ties input and output.
-      tied: whether a config that does not say so does.
-      head_leaf: Flax path of the output projection, where it has a leaf of its own.
-      keeps_head_leaf: whether the class has that leaf even where the config ties.
-      other_tables: Flax paths of the input embedding in classes that have it elsewhere.
-      same: (Flax path, PyTorch names) of other shared parameters: a head's bias.
-      ignored: patterns of what PyTorch files hold besides parameters: masks, positions.
-      prefix: what paths and names of a model with a head begin with and of one without do not.
-      renamed: (pattern, replacement) of names in old files.
-      hints: a pattern of paths and what to do where one of those is unmapped; or ().
-    """
-
-    lines: tuple[Line, ...]
-    table: str
-    shared: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ("lm_head",)
-    tied: bool = True
-    head_leaf: str = "lm_head/kernel"
-    keeps_head_leaf: bool = False
-    other_tables: tuple[str, ...] = ()
-    same: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    ignored: tuple[str, ...] = ()
-    prefix: str = ""
-    renamed: tuple[tuple[str, str], ...] = ()
-    hints: tuple[str, ...] = ()
-
+from flax_tied_lora._names.family import Family
+from flax_tied_lora._names.line import Line, make_line
 
 # The leaves of a kind of module: leaf name, parameter, and where need be layout and kind.
 _LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
     "linear": (("kernel", "weight"), ("bias", "bias")),
-    # Flax's Conv1D stores [out, in], PyTorch's [in, out]: both the other way round.
+    # Flax's Conv1D stores [out, in] and PyTorch's [in, out]: each the reverse of its linear layer.
     "conv1d": (("kernel", "weight", "out in -> in out", "conv1d"), ("bias", "bias")),
     "norm": (("scale", "weight"), ("bias", "bias")),
     "rms_norm": (("weight", "weight"),),
     "embedding": (("embedding", "weight"),),
 }
+_QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def _lines(prefix: str, **modules: str) -> list[Line]:
@@ -71,104 +36,91 @@ def _lines(prefix: str, **modules: str) -> list[Line]:
     return lines
 
 
-def _gpt2() -> Family:
-    attention = "h.{}.attn h.{}.crossattention"
+def _causal(
+    prefix: str, embedding_module: str, modules: dict[str, str], *, tied: bool = True,
+    keeps_head_leaf: bool = False, ignored: str | None = None, hints: tuple[str, ...] = (),
+) -> Family:  # fmt: skip
+    """Returns a family of causal language models: a body under a prefix, and an ``lm_head``.
+
+    Args:
+      embedding_module: path of the input embedding in the body.
+      modules: modules of the body by kind, separated by spaces.
+      ignored: a pattern, as in `Family`.
+    """
     return Family(
-        (
-            *_lines(
-                "transformer",
-                embedding="wte wpe",
-                norm="h.{}.ln_1 h.{}.ln_2 h.{}.ln_cross_attn ln_f",
-                conv1d=" ".join(f"{a}.{p}" for a in attention.split() for p in _GPT2_PROJECTIONS)
-                + " h.{}.mlp.c_fc h.{}.mlp.c_proj",
-            ),
-            *_lines("", linear="lm_head"),
-        ),
-        "transformer/wte/embedding",
-        ignored=(r"(.*\.)?h\.\d+\.(cross)?attn\.(masked_)?bias",),
-        prefix="transformer",
+        (*_lines(prefix, **modules), *_lines("", linear="lm_head")),
+        f"{prefix}/{embedding_module}/embedding",
+        tied=tied,
+        keeps_head_leaf=keeps_head_leaf,
+        ignored=() if ignored is None else (ignored,),
+        prefix=prefix,
+        hints=hints,
     )
 
 
-_GPT2_PROJECTIONS = ("c_attn", "q_attn", "c_proj")
+def _gpt2() -> Family:
+    projections = " ".join(
+        f"h.{{}}.{attention}.{p}"
+        for attention in ("attn", "crossattention")
+        for p in ("c_attn", "q_attn", "c_proj")
+    )
+    modules = {
+        "embedding": "wte wpe",
+        "norm": "h.{}.ln_1 h.{}.ln_2 h.{}.ln_cross_attn ln_f",
+        "conv1d": f"{projections} h.{{}}.mlp.c_fc h.{{}}.mlp.c_proj",
+    }
+    masks = r"(.*\.)?h\.\d+\.(cross)?attn\.(masked_)?bias"
+    return _causal("transformer", "wte", modules, ignored=masks)
 
 
 def _gpt_neo() -> Family:
     attention = " ".join(f"h.{{}}.attn.attention.{p}" for p in _QKV_OUT)
-    return Family(
-        (
-            *_lines(
-                "transformer",
-                embedding="wte wpe",
-                norm="h.{}.ln_1 h.{}.ln_2 ln_f",
-                linear=f"{attention} h.{{}}.mlp.c_fc h.{{}}.mlp.c_proj",
-            ),
-            *_lines("", linear="lm_head"),
-        ),
-        "transformer/wte/embedding",
-        ignored=(r"(.*\.)?attn\.attention\.(masked_)?bias",),
-        prefix="transformer",
-    )
-
-
-_QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
+    modules = {
+        "embedding": "wte wpe",
+        "norm": "h.{}.ln_1 h.{}.ln_2 ln_f",
+        "linear": f"{attention} h.{{}}.mlp.c_fc h.{{}}.mlp.c_proj",
+    }
+    masks = r"(.*\.)?attn\.attention\.(masked_)?bias"
+    return _causal("transformer", "wte", modules, ignored=masks)
 
 
 def _opt() -> Family:
     attention = " ".join(f"decoder.layers.{{}}.self_attn.{p}" for p in _QKV_OUT)
-    return Family(
-        (
-            *_lines(
-                "model",
-                embedding="decoder.embed_tokens decoder.embed_positions",
-                norm="decoder.layers.{}.self_attn_layer_norm decoder.layers.{}.final_layer_norm "
-                "decoder.final_layer_norm",
-                linear=f"{attention} decoder.layers.{{}}.fc1 decoder.layers.{{}}.fc2 "
-                "decoder.project_in decoder.project_out",
-            ),
-            *_lines("", linear="lm_head"),
-        ),
-        "model/decoder/embed_tokens/embedding",
-        prefix="model",
-    )
+    modules = {
+        "embedding": "decoder.embed_tokens decoder.embed_positions",
+        "norm": "decoder.layers.{}.self_attn_layer_norm decoder.layers.{}.final_layer_norm "
+        "decoder.final_layer_norm",
+        "linear": f"{attention} decoder.layers.{{}}.fc1 decoder.layers.{{}}.fc2 "
+        "decoder.project_in decoder.project_out",
+    }
+    return _causal("model", "decoder/embed_tokens", modules)
 
 
 def _bloom() -> Family:
-    return Family(
-        (
-            *_lines(
-                "transformer",
-                embedding="word_embeddings",
-                norm="word_embeddings_layernorm h.{}.input_layernorm "
-                "h.{}.post_attention_layernorm ln_f",
-                linear="h.{}.self_attention.query_key_value h.{}.self_attention.dense "
-                "h.{}.mlp.dense_h_to_4h h.{}.mlp.dense_4h_to_h",
-            ),
-            *_lines("", linear="lm_head"),
-        ),
-        "transformer/word_embeddings/embedding",
-        prefix="transformer",
-    )
+    modules = {
+        "embedding": "word_embeddings",
+        "norm": "word_embeddings_layernorm h.{}.input_layernorm h.{}.post_attention_layernorm ln_f",
+        "linear": "h.{}.self_attention.query_key_value h.{}.self_attention.dense "
+        "h.{}.mlp.dense_h_to_4h h.{}.mlp.dense_4h_to_h",
+    }
+    return _causal("transformer", "word_embeddings", modules)
 
 
 def _llama(tied: bool, keeps_head_leaf: bool, hints: tuple[str, ...] = ()) -> Family:
     attention = " ".join(f"layers.{{}}.self_attn.{p}_proj" for p in "qkvo")
     mlp = " ".join(f"layers.{{}}.mlp.{p}_proj" for p in ("gate", "up", "down"))
-    return Family(
-        (
-            *_lines(
-                "model",
-                embedding="embed_tokens",
-                rms_norm="layers.{}.input_layernorm layers.{}.post_attention_layernorm norm",
-                linear=f"{attention} {mlp}",
-            ),
-            *_lines("", linear="lm_head"),
-        ),
-        "model/embed_tokens/embedding",
+    modules = {
+        "embedding": "embed_tokens",
+        "rms_norm": "layers.{}.input_layernorm layers.{}.post_attention_layernorm norm",
+        "linear": f"{attention} {mlp}",
+    }
+    return _causal(
+        "model",
+        "embed_tokens",
+        modules,
         tied=tied,
         keeps_head_leaf=keeps_head_leaf,
-        ignored=(r"(.*\.)?rotary_emb\.inv_freq",),
-        prefix="model",
+        ignored=r"(.*\.)?rotary_emb\.inv_freq",
         hints=hints,
     )
 
@@ -203,9 +155,9 @@ def _bert(prefix: str) -> Family:
         )
     decoder = f"{module}.decoder"
     head_leaf = f"{decoder.replace('.', '/')}/kernel"
-    own = [make_line((bias, f"{module}.bias")), make_line((head_leaf, f"{decoder}.weight"))]
+    output = [make_line((bias, f"{module}.bias")), make_line((head_leaf, f"{decoder}.weight"))]
     return Family(
-        (*body, *heads, *own),
+        (*body, *heads, *output),
         f"{prefix}/embeddings/word_embeddings/embedding",
         heads=(decoder,),
         head_leaf=head_leaf,

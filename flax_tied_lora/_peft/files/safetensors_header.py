@@ -1,4 +1,4 @@
-"""The start of a safetensors file, judged."""
+"""The header of a safetensors file, checked before it is read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import IO
 
 from safetensors import SafetensorError, safe_open
 
-from flax_tied_lora._peft.files import formats
+from flax_tied_lora._peft.files import safetensors_format as formats
 from flax_tied_lora._peft.files.errors import AdapterFileError
 
 AGAIN = "the file is damaged or cut short; save it again, or copy it again"
-# What stands at the start of files that are often found under a safetensors file's name.
-_OTHERS = {
+# The first bytes of files that often have the name of a safetensors file, and are none.
+_OTHER_FORMATS = {
     b"version https://git-lfs": ("a Git LFS pointer", "fetch the file itself with git lfs pull"),
     b"PK\x03\x04": ("a zip archive, as torch.save writes it", "save it as safetensors"),
     b"\x80": ("a pickle", "save it as safetensors"),
@@ -27,7 +27,7 @@ def header_length(path: Path, file: IO[bytes], size: int) -> int:
     length = int.from_bytes(start[:8], "little")
     if len(start) >= 8 and length <= min(size - 8, formats.MAX_HEADER):
         return length
-    for begin, (what, remedy) in _OTHERS.items():
+    for begin, (what, remedy) in _OTHER_FORMATS.items():
         if start.startswith(begin):
             raise AdapterFileError(f"{path}: found {what}; expected a safetensors file; {remedy}")
     if len(start) < 8:
@@ -43,7 +43,7 @@ def header_length(path: Path, file: IO[bytes], size: int) -> int:
 
 
 def judge_by_the_library(path: Path, size: int) -> None:
-    """Raises an `AdapterFileError` for what the safetensors library does not take."""
+    """Raises an `AdapterFileError` for a file that the safetensors library does not accept."""
     try:
         with safe_open(path, framework="np"):
             pass

@@ -1,12 +1,13 @@
-"""The tables of tunix's families: einsum kernels with head axes, NNX modules."""
+"""The tables of names of tunix's families: einsum kernels with head axes, NNX modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from flax_tied_lora._names.families import Family
-from flax_tied_lora._names.table import make_line
+from flax_tied_lora._names.family import Family
+from flax_tied_lora._names.gemma_tables import attention_lines, fused_hint
+from flax_tied_lora._names.line import make_line
 
 _BLOCK, _TORCH = "layers/{}", "model.layers.{}"
 _IN_HEADS = "in heads dim -> (heads dim) in"
@@ -30,7 +31,7 @@ def _family(*lines: tuple[str, ...], tied: bool, hints: tuple[str, ...] = ()) ->
 
 
 def _norms(last: str, **names: str) -> tuple[tuple[str, str], ...]:
-    """Returns the lines of norms: Flax module (in a layer) = PyTorch module."""
+    """Returns the lines of norms, given ``Flax module = PyTorch module`` of those in a layer."""
     lines = ((f"{_BLOCK}/{f}/{last}", f"{_TORCH}.{t}.weight") for f, t in names.items())
     return (*lines, (f"final_norm/{last}", "model.norm.weight"))
 
@@ -43,7 +44,7 @@ def _head_norms(last: str, query: str, key: str) -> tuple[tuple[str, str], ...]:
 
 
 def _llama_like(*lines: tuple[str, ...]) -> Family:
-    """Llama 3, Qwen 2 and 3: a projection each for query, key and value."""
+    """Returns what is known of Llama 3, Qwen 2 and 3: query, key and value are three leaves."""
     return _family(
         *(
             (f"{_BLOCK}/attn/{p}_proj/w", f"{_TORCH}.self_attn.{p}_proj.weight", _IN_HEADS)
@@ -84,18 +85,9 @@ def _qwen3() -> Family:
 
 
 def _gemma(*lines: tuple[str, ...], post_attention: str, fused: bool) -> Family:
-    """Gemma 2 and 3: query, key and value are one leaf if there are as many of each, else two."""
-    attention, torch = f"{_BLOCK}/attn", f"{_TORCH}.self_attn"
-    heads = "heads in dim -> (heads dim) in"
-    query = ((f"{attention}/q_einsum/w", f"{torch}.q_proj.weight", heads),)
-    leaf, slices = ("qkv_einsum", "qkv") if fused else ("kv_einsum", "kv")
+    """Returns what is known of Gemma 2 and 3; ``fused`` as in `attention_lines`."""
     return _family(
-        *(() if fused else query),
-        *(
-            (f"{attention}/{leaf}/w", f"{torch}.{p}_proj.weight", f"{i} {heads}")
-            for i, p in enumerate(slices)
-        ),
-        (f"{attention}/attn_vec_einsum/w", f"{torch}.o_proj.weight", _HEADS_OUT),
+        *attention_lines(_BLOCK, fused=fused),
         *_norms(
             "scale",
             pre_attention_norm="input_layernorm",
@@ -105,12 +97,7 @@ def _gemma(*lines: tuple[str, ...], post_attention: str, fused: bool) -> Family:
         ),
         *lines,
         tied=True,
-        hints=(
-            r".*/(q|kv|qkv)_einsum/w",
-            "tunix fuses query, key and value where there are as many key heads as heads. Give "
-            "names_of the model's config, or a dict with num_attention_heads and "
-            "num_key_value_heads",
-        ),
+        hints=(r".*/(q|kv|qkv)_einsum/w", fused_hint("tunix")),
     )
 
 
@@ -123,11 +110,6 @@ def _gemma3(fused: bool = False) -> Family:
     return _gemma(*norms, post_attention="post_attention_norm", fused=fused)
 
 
-# Those with a second form for models with as many key heads as heads.
-FUSED: dict[str, Callable[[], Family]] = {
-    "tunix/gemma2": lambda: _gemma2(fused=True),
-    "tunix/gemma3": lambda: _gemma3(fused=True),
-}
 FAMILIES: dict[str, Callable[[], Family]] = {
     "tunix/qwen2": _qwen2,
     "tunix/qwen3": _qwen3,
@@ -135,19 +117,27 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "tunix/gemma2": _gemma2,
     "tunix/gemma3": _gemma3,
 }
+# The same families where query, key and value are one leaf.
+FUSED: dict[str, Callable[[], Family]] = {
+    "tunix/gemma2": lambda: _gemma2(fused=True),
+    "tunix/gemma3": lambda: _gemma3(fused=True),
+}
 
 
 def tunix_family(config: Any) -> str | None:
-    """Returns the family of a tunix ``ModelConfig``, or None if it is none (or not of those)."""
+    """Returns the family of a tunix ``ModelConfig``, or None for any other object.
+
+    A family that is not in `FAMILIES` is named, too, so that an error can name it.
+    """
     library, _, rest = type(config).__module__.partition(".models.")
     if library != "tunix":
         return None
     name = rest.partition(".")[0]
-    if name == "gemma":  # Gemma 1 and 2: the second has norms behind its layers, too
+    if name == "gemma":  # Gemma 1 or 2: only the second has norms after its layers
         name = "gemma2" if getattr(config, "use_post_ffw_norm", False) else "gemma1"
     return f"tunix/{name}"
 
 
 def tunix_ties(config: Any) -> bool | None:
-    """Returns what a tunix ``ModelConfig`` says of input and output, or None."""
+    """Returns whether a tunix ``ModelConfig`` ties input and output; None if it does not say."""
     return getattr(config, "use_tied_embedding", getattr(config, "weight_tying", None))

@@ -1,4 +1,4 @@
-"""Tensors of safetensors files, read one at a time.
+"""Tensors read from safetensors files, one at a time.
 
 The safetensors library judges each file. The data are then read with plain reads and not through
 its memory map, because a file's mapped pages stay in the process's memory, and because a file that
@@ -18,9 +18,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from flax_tied_lora._peft.files import formats
+from flax_tied_lora._peft.files import safetensors_format as formats
 from flax_tied_lora._peft.files.errors import AdapterFileError, listed, operating_system, shown
-from flax_tied_lora._peft.files.headers_in import (
+from flax_tied_lora._peft.files.safetensors_header import (
     AGAIN,
     header_length,
     judge_by_the_library,
@@ -31,7 +31,7 @@ from flax_tied_lora._peft.files.strict_json import parse_object, read_object
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """Where one tensor is, and what."""
+    """A tensor in a file: where its bytes start, its shape and its dtype."""
 
     path: Path
     file: IO[bytes]
@@ -68,10 +68,10 @@ class Tensors(Mapping[str, np.ndarray]):
             raw = array.reshape(-1).view(np.uint8).data
             with self._lock, operating_system(entry.path, f"read tensor {shown(name)}"):
                 entry.file.seek(entry.start)
-                found = read_into(entry.file, raw)
-            if found < len(raw):
+                count = read_into(entry.file, raw)
+            if count < len(raw):
                 raise AdapterFileError(
-                    f"{entry.path}: found {found} bytes of tensor {shown(name)}; expected "
+                    f"{entry.path}: found {count} bytes of tensor {shown(name)}; expected "
                     f"{len(raw)}; {AGAIN}"
                 )
             if entry.dtype == bool and array.view(np.uint8).max() > 1:
@@ -169,8 +169,8 @@ def open_safetensors(directory: Path, stem: str) -> Tensors:
     """Returns the tensors of ``<stem>.safetensors``, or of its shards by their index.
 
     Raises:
-      AdapterFileError: there is neither, or both; a file is damaged, or is none of tensors; the
-        index names files outside the directory, or does not say what is in them.
+      AdapterFileError: there is neither, or both; a file is damaged, or is no safetensors file; the
+        index names files outside the directory, or does not list what is in them.
     """
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.exists() and index.exists():
@@ -203,10 +203,10 @@ def _open_shards(tensors: Tensors, index: Path) -> None:
     for file, expected in members.items():
         path = index.parent / file
         _refuse_outside(index, path)
-        found = set(tensors._open(path))
+        actual = set(tensors._open(path))
         for names, where, other in (
-            (expected - found, index.name, file),
-            (found - expected, file, index.name),
+            (expected - actual, index.name, file),
+            (actual - expected, file, index.name),
         ):
             if names:
                 raise AdapterFileError(

@@ -1,9 +1,11 @@
-"""Pytrees in an Orbax checkpoint: written with a listing, read back against it and a template."""
+"""Items of a checkpoint: pytrees, written with a listing and read back into a template.
+
+A listing is ``{leaf name: {"shape", "dtype", "kind", "checksum", ...}}``: what each leaf was.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,57 +13,33 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.core import meta
 
 from flax_tied_lora._adapters.fingerprint import checksum, raw
-from flax_tied_lora._tree.boxes import nnx_type, unboxed
+from flax_tied_lora._checkpoint.errors import CheckpointError, explained
+from flax_tied_lora._tree.boxes import is_box, nnx_type, unboxed
 from flax_tied_lora._tree.keys import is_key
 from flax_tied_lora._tree.paths import is_tracer
 from flax_tied_lora._tree.processes import differing
 
-_ANOTHER = "restore another checkpoint"
+_RESTORE_ANOTHER = "restore another checkpoint"
 _NUMBERS = (bool, int, float)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read as asked; nothing was changed."""
-
-    __module__ = "flax_tied_lora.checkpoint"
-
-
-@contextlib.contextmanager
-def explained(what: str, path: Any, remedy: str = "") -> Iterator[None]:
-    """Turns whatever goes wrong inside into a `CheckpointError` that names the path."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        reason = str(error).split("[tensorstore_spec")[0].split("See full TensorStore")[0]
-        message = f"{what} {path}: {type(error).__name__}: {reason[:500].strip()}"
-        raise CheckpointError(f"{message}; {remedy}" if remedy else message) from error
-
-
-def absolute(path: Any) -> epath.Path:
-    """Returns a path as Orbax wants it; of a cloud bucket, too."""
-    return epath.Path(path).expanduser().resolve()
-
-
 def without_boxes(tree: Any) -> Any:
-    """Returns a pytree with the array of each box, `nnx.Variable` too, in place of the box."""
+    """Returns a pytree in which each box, `nnx.Variable` too, is replaced by its array."""
     variable = nnx_type("Variable")
 
-    def is_box(x: Any) -> bool:
-        return isinstance(x, (meta.AxisMetadata, variable))
+    def holds_an_array(x: Any) -> bool:
+        return is_box(x) or isinstance(x, variable)
 
     def value(x: Any) -> Any:
         return x.get_value() if isinstance(x, variable) else unboxed(x)
 
-    return jax.tree.map(value, tree, is_leaf=is_box)
+    return jax.tree.map(value, tree, is_leaf=holds_an_array)
 
 
 def refuse_tracers(item: str, tree: Any) -> None:
-    """Raises a `CheckpointError` if one of a pytree's leaves is a tracer."""
+    """Raises a `CheckpointError` if a leaf of the pytree is a tracer."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if is_tracer(leaf):
             raise CheckpointError(
@@ -71,13 +49,13 @@ def refuse_tracers(item: str, tree: Any) -> None:
 
 
 def encode(item: str, tree: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """Returns a pytree as one of plain arrays, and its listing: ``{leaf name: what it is}``.
+    """Returns a pytree as one of plain arrays, and its listing.
 
-    Boxes are taken off, typed random keys become their data, and numbers arrays. The listing has
-    each leaf's shape, dtype, kind and checksum: Orbax has checksums for its indices, not for data.
+    Boxes are replaced by their arrays, typed random keys by their data, and numbers by arrays. The
+    listing has checksums because Orbax has them for its indices only, not for the data.
 
     Raises:
-      CheckpointError: a leaf is nothing that can be stored, or is no longer there.
+      CheckpointError: a leaf cannot be stored, or was deleted.
     """
     refuse_tracers(item, tree)
     pairs, treedef = jax.tree_util.tree_flatten_with_path(without_boxes(tree))
@@ -95,7 +73,7 @@ def encode(item: str, tree: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
         if not isinstance(array, jax.Array):
             array = np.asarray(array)
         elif jax.process_count() > 1 and array.is_fully_addressable:
-            array = np.array(array)  # Each process has one; Orbax takes such only from NumPy.
+            array = np.array(array)  # Orbax takes an array of one process only from NumPy.
         arrays.append(array)
         listing[name] = {
             "shape": list(np.shape(leaf)),
@@ -113,17 +91,21 @@ def encode(item: str, tree: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
 
 
 def template_of(directory: epath.Path, listing: Mapping[str, Any]) -> Any:
-    """Returns a template for an item as it was saved: dicts, lists (tuples too) and leaves."""
-    with explained("restore: missing or damaged files in", directory, _ANOTHER):
+    """Returns a template of an item as it was saved: dicts, lists (for tuples, too), leaves."""
+    with explained("restore: missing or damaged files in", directory, _RESTORE_ANOTHER):
         stored = ocp.StandardCheckpointHandler().metadata(directory).tree
         return jax.tree_util.tree_map_with_path(lambda p, _: _example(listing[_name(p)]), stored)
 
 
 def decode(directory: epath.Path, listing: Mapping[str, Any], template: Any) -> Any:
-    """Returns what `encode` was given, read from an item's directory into a template.
+    """Returns the pytree that `encode` was given, read from an item's directory.
 
-    A leaf of the template that is committed to a sharding, or is a `jax.ShapeDtypeStruct` with one,
-    says where the leaf goes; others are read to the host, and go where JAX puts new arrays.
+    Args:
+      directory: of the item.
+      listing: what `encode` returned.
+      template: the pytree's structure, with arrays or abstract ones. A leaf that is committed to a
+        sharding, or is a `jax.ShapeDtypeStruct` with one, says where the array goes; others are
+        read to the host, and go where JAX puts new arrays.
 
     Raises:
       CheckpointError: the template does not fit, or a file is missing or damaged.
@@ -135,11 +117,11 @@ def decode(directory: epath.Path, listing: Mapping[str, Any], template: Any) -> 
     if not wanted:
         return template
     request = jax.tree.unflatten(treedef, [_request(leaf) for leaf in wanted.values()])
-    with explained("restore: missing or damaged files in", directory, _ANOTHER):
+    with explained("restore: missing or damaged files in", directory, _RESTORE_ANOTHER):
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             tree = checkpointer.restore(directory, args=ocp.args.StandardRestore(request))
-        found = jax.tree.leaves(tree)
-        sums = jax.device_get([checksum(array) for array in found])
+        arrays = jax.tree.leaves(tree)
+        sums = jax.device_get([checksum(array) for array in arrays])
     for name, total in zip(wanted, sums, strict=True):
         if int(total) != listing[name]["checksum"]:
             raise CheckpointError(
@@ -147,8 +129,8 @@ def decode(directory: epath.Path, listing: Mapping[str, Any], template: Any) -> 
                 f"{int(total)}, expected {listing[name]['checksum']}. Restore another checkpoint"
             )
     leaves = [
-        _finish(leaf, array, listing[name])
-        for (name, leaf), array in zip(wanted.items(), found, strict=True)
+        _like(leaf, array, listing[name])
+        for (name, leaf), array in zip(wanted.items(), arrays, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
@@ -161,13 +143,13 @@ def _name(path: Any) -> str:
 def _check_same_everywhere(
     item: str, listing: Mapping[str, dict[str, Any]], arrays: list[Any]
 ) -> None:
-    """Refuses leaves that each process has for itself, and that differ: one of them is written."""
-    own = [n for n, x in zip(listing, arrays, strict=True) if isinstance(x, np.ndarray)]
-    odd = np.flatnonzero(differing([listing[name]["checksum"] for name in own]))
+    """Refuses leaves that are an array in each process and differ: only one would be written."""
+    local = [n for n, x in zip(listing, arrays, strict=True) if isinstance(x, np.ndarray)]
+    odd = np.flatnonzero(differing([listing[name]["checksum"] for name in local]))
     if odd.size:
         more = f", nor have {odd.size - 1} more" if odd.size > 1 else ""
         raise CheckpointError(
-            f"save: {item} leaf {own[odd[0]]!r} has not the same values in all "
+            f"save: {item} leaf {local[odd[0]]!r} has not the same values in all "
             f"{jax.process_count()} processes{more}, and each has an array of its own, of which "
             "one would be saved. Compute it alike in all of them, or make it one array of the mesh "
             "(jax.make_array_from_process_local_data)"
@@ -207,6 +189,7 @@ def _check_storable(item: str, name: str, leaf: Any) -> None:
 def _check_fit(
     item: str, directory: epath.Path, listing: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
+    """Checks the leaves of a template, by name, against a listing: names, shapes and dtypes."""
     problems = [f"{name!r} is only in the checkpoint" for name in listing if name not in wanted]
     problems += [f"{name!r} is not in the checkpoint" for name in wanted if name not in listing]
     for name, leaf in wanted.items():
@@ -233,6 +216,7 @@ def _check_fit(
 
 
 def _example(entry: Mapping[str, Any]) -> Any:
+    """Returns a template of a leaf, given its entry in a listing."""
     kind, shape = entry["kind"], tuple(entry["shape"])
     if "impl" in entry:
         return jax.ShapeDtypeStruct(shape, jax.random.key(0, impl=entry["impl"]).dtype)
@@ -244,7 +228,7 @@ def _example(entry: Mapping[str, Any]) -> Any:
 
 
 def _request(leaf: Any) -> Any:
-    """Returns what to ask Orbax for: an array on the host, or one of a sharding."""
+    """Returns what to ask Orbax for: an array on the host, or one with a sharding."""
     array = raw(leaf)
     sharding = _sharding(leaf)
     if sharding is None:
@@ -253,13 +237,15 @@ def _request(leaf: Any) -> Any:
 
 
 def _sharding(leaf: Any) -> Any:
+    """Returns the sharding that a template's leaf asks for, or None."""
     placed = isinstance(leaf, jax.ShapeDtypeStruct) or (
         isinstance(leaf, jax.Array) and leaf.committed
     )
     return leaf.sharding if placed else None
 
 
-def _finish(leaf: Any, array: Any, entry: Mapping[str, Any]) -> Any:
+def _like(leaf: Any, array: Any, entry: Mapping[str, Any]) -> Any:
+    """Returns an array that was read as what the template's leaf is: number, key, array."""
     if isinstance(leaf, _NUMBERS):
         return array.item()
     if isinstance(leaf, np.generic):

@@ -1,4 +1,4 @@
-"""Whole params to a PyTorch state dict and back, with ties."""
+"""A PyTorch state dict from params, and params from one, with ties."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flax_tied_lora._tree.quantized_array import plain_array
 
 
 class Entry(NamedTuple):
-    """A tensor of a state dict that is not made yet: ``get()`` makes it."""
+    """A tensor of a state dict that is not in memory yet: ``get()`` makes it."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,9 +32,9 @@ def state_entries(params: Any, names: Names, *, duplicates: bool = False) -> lis
     Args:
       params: pytree of arrays, or of ``jax.ShapeDtypeStruct`` for names and shapes alone.
       names: the correspondence.
-      duplicates: whether to list every name of a tied tensor, as ``state_dict()`` of the PyTorch
-        model with the family's own head does. By default each is there once, under the input
-        embedding's name, as in safetensors files.
+      duplicates: whether to list every name of a tied tensor, as the PyTorch model's
+        ``state_dict()`` does. By default each is listed once, under the input embedding's name, as
+        in safetensors files.
 
     Raises:
       UnmappedError: a leaf has no PyTorch name; the error shows a line to add.
@@ -45,29 +45,30 @@ def state_entries(params: Any, names: Names, *, duplicates: bool = False) -> lis
     for path, leaf in leaves.items():
         refuse_spread("to_state_dict", path, leaf)
     entries: dict[str, Entry] = {}
-    made: dict[str, tuple[str, Any, TorchWeight]] = {}
+    sources: dict[str, tuple[str, Any, TorchWeight]] = {}
     for path, leaf in leaves.items():
         for weight in names.to_torch(path, leaf.shape):
             if weight.name in entries:
+                other, _, _ = sources[weight.name]
                 raise ValueError(
-                    f"{weight.name} would be both {made[weight.name][0]!r} and {path!r}: the table "
-                    "of names gives two leaves one PyTorch name"
+                    f"{weight.name} would be both {other!r} and {path!r}: the table of names gives "
+                    "two leaves one PyTorch name"
                 )
-            made[weight.name] = path, leaf, weight
+            sources[weight.name] = path, leaf, weight
             entries[weight.name] = _entry(leaf, weight)
-    for own, others in _groups(names, entries):
+    for first, others in _tied_names(names, entries):
         for name in others:
-            if name in made:
-                _check_equal(made[own], made[name])
+            if name in sources:
+                _check_equal(sources[first], sources[name])
                 if not duplicates:
                     del entries[name]
             elif duplicates:
-                entries[name] = entries[own]._replace(name=name)
+                entries[name] = entries[first]._replace(name=name)
     return list(entries.values())
 
 
 def to_state_dict(params: Any, names: Names, *, duplicates: bool = False) -> dict[str, np.ndarray]:
-    """Returns a model's PyTorch state dict as NumPy arrays: all of `state_entries`, made.
+    """Returns a model's PyTorch state dict as NumPy arrays: `state_entries`, each made.
 
     >>> import numpy as np
     >>> from flax_tied_lora.names import names_of
@@ -82,17 +83,17 @@ def to_state_dict(params: Any, names: Names, *, duplicates: bool = False) -> dic
 def from_state_dict(
     tensors: Mapping[str, Any], params: Any, names: Names, *, strict: bool = True
 ) -> Any:
-    """Returns params with a PyTorch state dict's values, in the dtypes that those have.
+    """Returns params with the values of a PyTorch state dict, in its dtypes.
 
-    Names with and without the base model's prefix (``transformer.``) are both understood, and of a
-    tied tensor any of its names will do. Each tensor is read when its leaf is made, so that
-    ``tensors`` may be a lazy mapping over files.
+    Names are understood with and without the base model's prefix (``transformer.``), and a tied
+    tensor may have any of its names. Each tensor is read when its leaf is made, so ``tensors`` may
+    be a lazy mapping over files.
 
     Args:
       tensors: ``{name: array}``; NumPy must be able to read the arrays.
       params: pytree of arrays or ``jax.ShapeDtypeStruct`` of the model: paths and shapes.
       names: the correspondence.
-      strict: whether a tensor that no leaf is made of is an error.
+      strict: whether a tensor that belongs to no leaf is an error.
 
     Raises:
       UnmappedError: a leaf has no PyTorch name; the error shows a line to add.
@@ -102,9 +103,8 @@ def from_state_dict(
     leaves, treedef = _arrays(params)
     weights = {path: names.to_torch(path, leaf.shape) for path, leaf in leaves.items()}
     wanted = {w.name for group in weights.values() for w in group}
-    groups = {
-        name: (own, *others) for own, others in _groups(names, wanted) for name in (own, *others)
-    }
+    tied = [(first, *others) for first, others in _tied_names(names, wanted)]
+    groups = {name: group for group in tied for name in group}
     stored = _stored(tensors, names, wanted | set(groups))
     for group in dict.fromkeys(groups.values()):
         _check_one_tensor([stored[n] for n in group if n in stored], tensors)
@@ -118,7 +118,7 @@ def from_state_dict(
 
 
 def _arrays(params: Any) -> tuple[dict[str, Any], Any]:
-    """Returns ``{path: leaf}`` and the structure of params that have nothing but arrays."""
+    """Returns ``{path: leaf}`` of params, all of them arrays, and their structure."""
     leaves, treedef = flatten(params)
     for path, leaf in leaves.items():
         if is_marker(leaf):
@@ -140,20 +140,20 @@ def _tensor(leaf: Any, weight: TorchWeight) -> np.ndarray:
     return to_torch_array(plain_array(leaf), weight)
 
 
-def _groups(names: Names, present: Container[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yields for each tied tensor that is present its own leaf's name, and the others."""
+def _tied_names(names: Names, present: Container[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields for each tied tensor that is present the name of its leaf, and its other names."""
     for tie in names.ties:
-        own = names.own_weight(tie).name
-        if own in present:
-            yield own, tie.names
+        name = names.own_weight(tie).name
+        if name in present:
+            yield name, tie.names
 
 
-def _check_equal(own: tuple[str, Any, TorchWeight], other: tuple[str, Any, TorchWeight]) -> None:
-    (path, leaf, weight), (other_path, other_leaf, other_weight) = own, other
+def _check_equal(first: tuple[str, Any, TorchWeight], other: tuple[str, Any, TorchWeight]) -> None:
+    (path, leaf, weight), (other_path, other_leaf, other_weight) = first, other
     shapes = weight.shape(leaf.shape), other_weight.shape(other_leaf.shape)
     concrete = not any(isinstance(x, jax.ShapeDtypeStruct) for x in (leaf, other_leaf))
     if shapes[0] != shapes[1] or (
-        concrete and not _same(*(torch_view(plain_array(x), w) for _, x, w in (own, other)))
+        concrete and not _same(*(torch_view(plain_array(x), w) for _, x, w in (first, other)))
     ):
         raise ValueError(
             f"{other_path!r} {describe(other_leaf)} is not {path!r} {describe(leaf)}, which the "
@@ -162,17 +162,17 @@ def _check_equal(own: tuple[str, Any, TorchWeight], other: tuple[str, Any, Torch
         )
 
 
-def _check_one_tensor(found: Sequence[str], tensors: Mapping[str, Any]) -> None:
-    for other in found[1:]:
-        if not _same(np.asarray(tensors[found[0]]), np.asarray(tensors[other])):
+def _check_one_tensor(copies: Sequence[str], tensors: Mapping[str, Any]) -> None:
+    for other in copies[1:]:
+        if not _same(np.asarray(tensors[copies[0]]), np.asarray(tensors[other])):
             raise ValueError(
-                f"{found[0]} and {other} differ, and the model's config ties them: say "
+                f"{copies[0]} and {other} differ, and the model's config ties them: say "
                 "tie_word_embeddings=False in names_of if they are two, or leave one of them out"
             )
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Returns whether two arrays are equal, NaNs as well."""
+    """Returns whether two arrays are equal, NaN to NaN, in shape and dtype too."""
     if a is b:
         return True
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -181,7 +181,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _stored(tensors: Iterable[str], names: Names, wanted: Container[str]) -> dict[str, str]:
-    """Returns ``{name as the table has it: name in the file}`` for what is wanted."""
+    """Returns ``{name in the table: name in the file}`` of the wanted tensors that there are."""
     tensors = list(tensors)
     stored = {name: name for name in tensors if name in wanted}
     for name in tensors:
