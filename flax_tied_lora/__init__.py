@@ -14,7 +14,9 @@ from flax_tied_lora._adapters.stack import adapter_axes, put, select, stack
 from flax_tied_lora._algebra.site_filter import SiteFilter
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter import rules as _rules  # noqa: F401 (registers them)
+from flax_tied_lora._interpreter.custom_rule import custom_rule
 from flax_tied_lora._interpreter.materialised import DensifyError, DensifyWarning
+from flax_tied_lora._interpreter.protocols import Operand, Rule, RuleContext
 from flax_tied_lora._interpreter.registry import register_rule
 from flax_tied_lora._interpreter.sites import CallSite, CallSites, Read
 from flax_tied_lora._losses import rule as _loss_rule  # noqa: F401 (registers it)
@@ -54,9 +56,12 @@ __all__ = [
     "LoraConfig",
     "Member",
     "NotTiedError",
+    "Operand",
     "Plan",
     "QuantizedArray",
     "Read",
+    "Rule",
+    "RuleContext",
     "SiteFilter",
     "TieGroup",
     "TiedLeaf",
@@ -69,6 +74,7 @@ __all__ = [
     "arithmetic",
     "base",
     "checkpoint",
+    "custom_rule",
     "dequantize",
     "explain",
     "find_ties",

@@ -13,6 +13,7 @@ from flax_tied_lora._algebra.factor import Cost
 from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION
 from flax_tied_lora._algebra.weight import LowRank, Term, Weight
 from flax_tied_lora._interpreter import registry
+from flax_tied_lora._interpreter.backward import is_backward, marks_are_known
 from flax_tied_lora._interpreter.equations import run
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import DensifyError, densified
@@ -68,12 +69,14 @@ class Context:
 
     def evaluate(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Returns ``function(*operands)``, weights among the operands staying symbolic in it."""
+        leaves, tree = jax.tree.flatten(operands, is_leaf=lambda x: isinstance(x, Weight))
         avals = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Weight) else x for x in operands
+            jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Weight) else x for x in leaves
         ]
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*avals)
+        traced = jax.make_jaxpr(function, return_shape=True)
+        closed, shape = traced(*jax.tree.unflatten(tree, avals))
         inner = self.inside(reads := [], Provenance())
-        outputs = evaluate(inner, closed.jaxpr, closed.consts, operands)
+        outputs = evaluate(inner, closed.jaxpr, closed.consts, leaves)
         self.met(reads)
         dense = [self.returned(x) if isinstance(x, Weight) else x for x in outputs]
         return jax.tree.unflatten(jax.tree.structure(shape), dense)
@@ -202,14 +205,22 @@ class Context:
         """Returns the role of the site that a site in a backward pass belongs to.
 
         The backward pass of a projection reads as a lookup, as its rows are summed over, and that
-        of a one-hot lookup as a projection. Transposed twice it is what it was; and so is what a
-        checkpoint's backward pass computes again.
+        of a one-hot lookup as a projection.
         """
-        if role == OTHER or all(t.sites is None for t in weight.terms):
+        if all(t.sites is None for t in weight.terms):
             return role
-        scope = self.full_scope
-        turned = scope.count("transpose(") - scope.count("rematted_computation")
-        if turned % 2 == 0 or operation in ("gather", "dynamic_slice"):
+        if not marks_are_known():
+            leaf = weight.origins[0].leaf
+            raise RuntimeError(
+                f"adapt: {self.shown.get(leaf, leaf)!r} has separate adapters for its call sites, "
+                f"and with jax {jax.__version__} it cannot be told which of them a step of a "
+                "backward pass belongs to: the marks on its name stacks are not those of earlier "
+                "releases. Tie the adapters (ensure_weight_tying=None or True), or use a release "
+                "of jax that flax_tied_lora was tested with"
+            )
+        if role == OTHER or operation in ("gather", "dynamic_slice"):
+            return role
+        if not is_backward(self.full_scope):
             return role
         return PROJECTION if role == LOOKUP else LOOKUP
 

@@ -17,9 +17,12 @@ from jax.extend.core import Literal as Constant
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter import registry
 from flax_tied_lora._interpreter.equations import last_uses, run, variables
+from flax_tied_lora._interpreter.protocols import Evaluation
 
 
-def evaluate(context: Any, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def evaluate(
+    context: Evaluation, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
+) -> list[Any]:
     """Returns the outputs of a jaxpr; arguments and outputs are arrays or weights."""
     env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))

@@ -87,8 +87,13 @@ fused.defvjp(
 )
 
 
-def test_rule_for_a_custom_vjp(monkeypatch):
-    monkeypatch.setattr("flax_tied_lora._interpreter.registry._CUSTOM", {})
+@pytest.fixture(autouse=True)
+def _no_rules_left_behind(monkeypatch):
+    monkeypatch.setattr(registry, "_CUSTOM", {})
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+
+def test_rule_for_a_custom_vjp():
     calls = []
 
     @tied_lora.register_rule(fused)
@@ -105,15 +110,13 @@ def test_rule_for_a_custom_vjp(monkeypatch):
     assert served(explained) == [("custom_vjp_call", "dense")]
 
 
-def test_rule_that_declines(monkeypatch):
-    monkeypatch.setattr("flax_tied_lora._interpreter.registry._CUSTOM", {})
+def test_rule_that_declines():
     tied_lora.register_rule(fused, lambda context, equation, x, w: NotImplemented)
     explained = check(lambda p, x: fused(x, table(p)), TABLE, X, on_dense="allow")
     assert served(explained) == [("custom_vjp_call", "dense")]
 
 
-def test_rule_for_a_primitive(monkeypatch):
-    monkeypatch.setattr("flax_tied_lora._interpreter.registry._RULES", dict(registry._RULES))
+def test_rule_for_a_primitive():
     halved = Primitive("halved_product")
     halved.def_impl(lambda x, w: 0.5 * x @ w.T)
     halved.def_abstract_eval(lambda x, w: jax.core.ShapedArray((x.shape[0], w.shape[0]), x.dtype))
