@@ -21,9 +21,10 @@ demo: $(VENV)/.demo
 # two idle cores, without torch, peft and transformers.
 QUICK := tree config names ties planning interpreter algebra/test_factor.py \
 	algebra/test_site_filter.py algebra/test_weight_terms.py verbs/test_explain.py \
-	verbs/test_trace.py verbs/test_wrap.py peft/files/test_strict_json.py vocabulary/test_leaves.py \
+	verbs/test_trace.py peft/files/test_strict_json.py vocabulary/test_leaves.py \
 	whole/test_architecture.py whole/test_mirror.py whole/test_oracle.py
-LONGER := planning/test_axes_shapes.py planning/test_fused.py planning/test_tying.py
+LONGER := interpreter/test_evaluate_differentiated.py planning/test_axes_shapes.py \
+	planning/test_fused.py planning/test_tying.py
 
 quick: $(VENV)/.quick
 	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest $(SPREAD) $(addprefix tests/,$(QUICK)) \

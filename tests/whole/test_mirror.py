@@ -23,7 +23,6 @@ OTHERS = {
 SEVERAL = {
     "checkpoint/test_damage.py": "records and stored trees that are damaged",
     "checkpoint/test_errors.py": "what each function refuses",
-    "nnx/test_quantized.py": "modules that are stored quantised",
     "nnx/test_sharding.py": "modules on a mesh",
     "nnx/test_slots.py": "modules with stacked adapters",
     "nnx/test_training.py": "loops that train a module",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from tests.oracle import array
-from tests.small_models import wrapped
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora._interpreter import backward, sites
+from tests.helpers.oracle import array
+from tests.helpers.small_models import wrapped
 
 PARAMS = {"embed_tokens": {"embedding": array(12, 8, seed=1)}}
 X = array(4, 8, seed=2)
