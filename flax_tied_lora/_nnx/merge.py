@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._nnx.checks import check_adapted_module, check_module
 from flax_tied_lora._nnx.leaves import params_of, set_leaves
-from flax_tied_lora._nnx.module import AdaptedModule, as_adapted
+from flax_tied_lora._nnx.module import Adaptable, AdaptedModule, as_adapted
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs import merge as _merge
 from flax_tied_lora._verbs import quantize as _quantize
@@ -21,8 +21,11 @@ _Module = TypeVar("_Module", bound=nnx.Module)
 
 
 def merge(
-    module: AdaptedModule, *, dtype: DTypeLike | None = None, untie: Mapping[str, str] | None = None
-) -> Any:
+    module: AdaptedModule[Adaptable],
+    *,
+    dtype: DTypeLike | None = None,
+    untie: Mapping[str, str] | None = None,
+) -> Adaptable:
     """Returns the plain module with each delta added to its weight once, and the ties intact.
 
     Args:
@@ -39,7 +42,7 @@ def merge(
     return plain
 
 
-def base(module: AdaptedModule) -> Any:
+def base(module: AdaptedModule[Adaptable]) -> Adaptable:
     """Returns the plain module without the adapters, for example for a reference model.
 
     Its Variables are its own, their arrays are shared.

@@ -14,7 +14,14 @@ from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._nnx.checks import check_adapted_module, check_module
 from flax_tied_lora._nnx.leaves import aliases_of, check_aliases, params_of, set_leaves
 from flax_tied_lora._nnx.making import boxed, with_aliases
-from flax_tied_lora._nnx.module import AdaptedModule, LoRADropout, Scaling, Slot, as_adapted
+from flax_tied_lora._nnx.module import (
+    Adaptable,
+    AdaptedModule,
+    LoRADropout,
+    Scaling,
+    Slot,
+    as_adapted,
+)
 from flax_tied_lora._planning.axes import SITES_LINE
 from flax_tied_lora._ties.find import Ties
 from flax_tied_lora._tree.keys import key_number, typed_key
@@ -23,13 +30,13 @@ from flax_tied_lora._verbs.wrap import wrap_as
 
 
 def wrap(
-    module: nnx.Module,
+    module: Adaptable,
     config: LoraConfig,
     *,
     sites: CallSites | None = None,
     ties: Ties = "auto",
     rng: jax.Array | nnx.Rngs | nnx.RngStream | None = None,
-) -> AdaptedModule:
+) -> AdaptedModule[Adaptable]:
     """Returns a module with LoRA factors for every tie group that the config targets.
 
     Targets are matched against the paths of the module's `nnx.Param` Variables. A Variable that is
@@ -66,7 +73,9 @@ def wrap(
     return _assembled("wrap", module, adapted, rng)
 
 
-def from_adapted(module: nnx.Module, adapted: Adapted) -> AdaptedModule:
+def from_adapted(
+    module: Adaptable | AdaptedModule[Adaptable], adapted: Adapted
+) -> AdaptedModule[Adaptable]:
     """Returns a module with the adapters of an `Adapted` of its params, and with these params.
 
     For what `peft.load_adapter`, `checkpoint.restore`, `arithmetic` and `select` return; the params
