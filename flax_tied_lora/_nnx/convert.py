@@ -17,12 +17,21 @@ from flax_tied_lora._nnx.leaves import (
     set_leaves,
     variables_of,
 )
-from flax_tied_lora._nnx.module import AdaptedModule, LoRADropout, Scaling, Slot, as_adapted
+from flax_tied_lora._nnx.module import (
+    Adaptable,
+    AdaptedModule,
+    LoRADropout,
+    Scaling,
+    Slot,
+    as_adapted,
+)
 from flax_tied_lora._tree.keys import key_number, typed_key
 from flax_tied_lora._tree.paths import flatten
 
 
-def from_adapted(module: nnx.Module, adapted: Adapted) -> AdaptedModule:
+def from_adapted(
+    module: Adaptable | AdaptedModule[Adaptable], adapted: Adapted
+) -> AdaptedModule[Adaptable]:
     """Returns a module with the params and the adapters of an `Adapted`.
 
     For what `peft.load_adapter`, `checkpoint.restore`, `arithmetic` and `select` return; give them
@@ -70,7 +79,7 @@ def params(module: nnx.Module) -> dict[str, Any]:
     return params_of(module)
 
 
-def assembled(what: str, module: nnx.Module, adapted: Adapted, rng: Any) -> AdaptedModule:
+def assembled(what: str, module: Adaptable, adapted: Adapted, rng: Any) -> AdaptedModule[Adaptable]:
     """Returns a module with the adapters of an `Adapted`; ``module`` is given its frozen params.
 
     Args:

@@ -10,14 +10,17 @@ from jax.typing import DTypeLike
 
 from flax_tied_lora._nnx.checks import check_adapted_module
 from flax_tied_lora._nnx.leaves import set_leaves
-from flax_tied_lora._nnx.module import AdaptedModule, as_adapted
+from flax_tied_lora._nnx.module import Adaptable, AdaptedModule, as_adapted
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs import merge as _merge
 
 
 def merge(
-    module: AdaptedModule, *, dtype: DTypeLike | None = None, untie: Mapping[str, str] | None = None
-) -> Any:
+    module: AdaptedModule[Adaptable],
+    *,
+    dtype: DTypeLike | None = None,
+    untie: Mapping[str, str] | None = None,
+) -> Adaptable:
     """Returns the plain module with each delta added to its weight once, and the ties intact.
 
     Args:
@@ -31,7 +34,7 @@ def merge(
     return _plain("merge", module, _merge.merge(as_adapted(module), dtype=dtype, untie=untie))
 
 
-def base(module: AdaptedModule) -> Any:
+def base(module: AdaptedModule[Adaptable]) -> Adaptable:
     """Returns the plain module without the adapters, for example for a reference model.
 
     It has new Variables, which share the arrays of the adapted module's.

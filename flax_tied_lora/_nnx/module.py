@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import jax
 from flax import nnx
+from typing_extensions import TypeVar
 
 from flax_tied_lora._adapters.adapted import Adapted, summary
 from flax_tied_lora._interpreter.context import Context, OnDense
@@ -56,7 +57,11 @@ class LoRADropout(nnx.Module):
             self.deterministic = deterministic
 
 
-class AdaptedModule(nnx.Module):
+# What is adapted: any `nnx.Module`.
+Adaptable = TypeVar("Adaptable", bound=nnx.Module, default=Any)
+
+
+class AdaptedModule(nnx.Module, Generic[Adaptable]):
     """An `nnx.Module` with adapters: called like the module was, with its attributes and methods.
 
     It is an `nnx.Module`, so `nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `nnx.split` and all other
@@ -75,7 +80,7 @@ class AdaptedModule(nnx.Module):
     """
 
     def __init__(
-        self, module: nnx.Module, adapters: Mapping[str, Any], scaling: Mapping[str, Any],
+        self, module: Adaptable, adapters: Mapping[str, Any], scaling: Mapping[str, Any],
         dropout: LoRADropout | None, slot: Slot | None, plan: Plan,
     ):  # fmt: skip
         self.module = module

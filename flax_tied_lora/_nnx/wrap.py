@@ -13,7 +13,7 @@ from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._nnx.checks import check_module
 from flax_tied_lora._nnx.convert import assembled
 from flax_tied_lora._nnx.leaves import aliases_of, params_of
-from flax_tied_lora._nnx.module import AdaptedModule
+from flax_tied_lora._nnx.module import Adaptable, AdaptedModule
 from flax_tied_lora._planning.axes import SITES_LINE
 from flax_tied_lora._planning.tying import says_untied
 from flax_tied_lora._ties.find import Ties, find_ties
@@ -24,13 +24,13 @@ from flax_tied_lora._verbs.wrap import wrap_as
 
 
 def wrap(
-    module: nnx.Module,
+    module: Adaptable,
     config: LoraConfig,
     *,
     sites: CallSites | None = None,
     ties: Ties = "auto",
     rng: jax.Array | nnx.Rngs | nnx.RngStream | None = None,
-) -> AdaptedModule:
+) -> AdaptedModule[Adaptable]:
     """Returns a module with LoRA factors for every tie group that the config targets.
 
     Targets are matched against the paths of the module's `nnx.Param` Variables. A Variable that is

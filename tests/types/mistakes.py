@@ -34,5 +34,6 @@ def mistakes(params: Params, tokens: jax.Array, folder: Path) -> None:
     peft.load_adapter(folder, params, table, tied_copies="together")  # mistake: none of the values
     checkpoint.restore(8, params)  # mistake: a number for a path
     tied_lora.AdaptedModel(apply, params)  # mistake: no Adapted
+    tied_lora.nnx.wrap(params, config)  # mistake: no module
     tied_lora.adapt(apply, on_dense=True)  # mistake: none of the values
     print(merged)
