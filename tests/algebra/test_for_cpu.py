@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from tests.compiling import as_shipped
-from tests.oracle import array, numbers
+from tests.helpers.compiling import as_shipped
+from tests.helpers.oracle import array, numbers
 
 from flax_tied_lora._algebra import for_cpu
 
