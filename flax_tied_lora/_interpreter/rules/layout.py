@@ -193,8 +193,7 @@ def slice_(factor: Factor, eqn: Any) -> Factor:
 @rule("reduce_sum")
 def reduce_sum(context, eqn, weight):
     """Summed over axes that one factor has: that factor is summed."""
-    axes = eqn.params["axes"]
-    weight = weight.folded()
+    axes, weight = eqn.params["axes"], weight.folded()
     for term in weight.terms:
         if not isinstance(term, LowRank):
             if not term.whole:
@@ -208,8 +207,8 @@ def reduce_sum(context, eqn, weight):
         return Factor(jnp.sum(factor.array, axis=summed), left).relabel(kept.index)
 
     def reduced(weight: Weight) -> Weight:
-        run = on_arrays(context, eqn, move)
-        return weight.rearrange(eqn.outvars[0].aval, run, [(i,) for i in kept])
+        held = [(i,) for i in kept]
+        return weight.rearrange(eqn.outvars[0].aval, on_arrays(context, eqn, move), held)
 
     kept = [i for i in range(len(weight.shape)) if i not in axes]
     out = reduced(weight)
@@ -226,8 +225,8 @@ def tile(context, eqn, weight):
         reps = [1 if a == RANK else eqn.params["reps"][a] for a in factor.axes]
         return Factor(jnp.tile(factor.array, reps), factor.axes)
 
-    run = on_arrays(context, eqn, move)
-    out = weight.rearrange(eqn.outvars[0].aval, run, same_axes(eqn))
+    aval, run = eqn.outvars[0].aval, on_arrays(context, eqn, move)
+    out = weight.rearrange(aval, run, same_axes(eqn))
     return [out.replace(terms=tuple(t.repeated() for t in out.terms))]
 
 
@@ -242,9 +241,9 @@ def convert_element_type(context, eqn, weight):
     new = jnp.dtype(eqn.params["new_dtype"])
     if new.name not in FLOATS or jnp.dtype(weight.dtype).name not in FLOATS:
         raise NotServedError
-    run = on_arrays(context, eqn, lambda factor: factor)
-    cast = weight.rearrange(eqn.outvars[0].aval, run, same_axes(eqn))
-    return [cast.replace(dtype=new)]
+    cast = on_arrays(context, eqn, lambda factor: factor)
+    out = weight.rearrange(eqn.outvars[0].aval, cast, same_axes(eqn))
+    return [out.replace(dtype=new)]
 
 
 def _each_array(context, eqn, weight):
