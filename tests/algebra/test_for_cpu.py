@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from tests.helpers.compiling import as_shipped
-from tests.helpers.oracle import array, numbers
 
 from flax_tied_lora._algebra import for_cpu
+from tests.helpers.compiling import as_shipped
+from tests.helpers.oracle import array, numbers
 
 TOKENS, WIDTH, COLUMNS, RANK = 64, 8, 2048, 3
 X, W = array(TOKENS, WIDTH), array(WIDTH, COLUMNS, seed=1)

@@ -82,7 +82,7 @@ def test_reads_inside_an_equation_are_in_its_scope():
 
 def test_a_read_takes_its_columns_from_what_is_left():
     context = Context(leaves={LEAF: TABLE})
-    terms, _ = context.read("gather", WEIGHT, "lookup", rows=[0])
+    terms = context.read("gather", WEIGHT, "lookup", rows=[0])
     assert len(terms) == 2
     (read,) = context.reads
     assert (read.site.role, read.site.rows, read.site.cols) == ("lookup", (0,), (1,))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora._adapters.terms import weights_of
-from flax_tied_lora._interpreter.inner import Names, hidden_names, is_same, shown
+from flax_tied_lora._interpreter.inner import StandIns, hidden_names, is_same, shown
 from flax_tied_lora._tree.paths import flatten
 from tests.helpers.oracle import array, wrapped
 
@@ -23,7 +23,7 @@ def leaves_of(weight):
 
 
 def test_stand_ins_are_numbered_in_the_order_in_which_they_are_met():
-    names = Names()
+    names = StandIns()
     assert [names.hide(n) for n in ("b", "a", "b")] == ["#0", "#1", "#0"]
     assert [names.show(n) for n in ("#1", "#0", "other")] == ["a", "b", "other"]
 
