@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,14 +11,20 @@ import jax
 from jax.extend.core import JaxprEqn, Var
 
 from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION
-from flax_tied_lora._algebra.term import LowRank, Term
+from flax_tied_lora._algebra.term import Term
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter import registry
 from flax_tied_lora._interpreter.backward import is_backward, marks_are_known
 from flax_tied_lora._interpreter.costs import Cost, cost_beyond_plain, total
 from flax_tied_lora._interpreter.equations import run
 from flax_tied_lora._interpreter.evaluate import evaluate
-from flax_tied_lora._interpreter.materialised import DensifyError, densified
+from flax_tied_lora._interpreter.materialised import (
+    DensifyError,
+    bytes_of,
+    densified,
+    is_plain,
+    served_by,
+)
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.sites import (
     DENSE,
@@ -202,7 +207,7 @@ class Context:
                 dims = {"rows": origin.picked, "cols": tuple(sorted(set(left)))}
             scope = module_scope(self.here)
             site = CallSite(origin.leaf, name, scope=scope, role=kind, **dims)
-            self.reads.append(Read(site, _served(terms), groups))
+            self.reads.append(Read(site, served_by(terms), groups))
         return terms
 
     def _count(self, eqn: JaxprEqn, operands: Sequence[Any], before: int) -> None:
@@ -260,7 +265,7 @@ class Context:
         if not picked:
             self._refuse_separate(operation, weight)
         terms = weight.at(LOOKUP if picked else OTHER, module_scope(self.full_scope))
-        if picked or _is_plain(weight, terms):
+        if picked or is_plain(weight, terms):
             if picked or operation != "return":
                 self.read(operation, weight, OTHER)
         else:
@@ -286,29 +291,9 @@ class Context:
         def read(leaf: str, scope: str) -> Read:
             site = CallSite(leaf, operation, scope=module_scope(scope), role=OTHER)
             served = DEQUANTISED if all(t.stored for t in terms) else DENSE
-            return Read(site, served, groups, 0, _bytes(weight))
+            return Read(site, served, groups, 0, bytes_of(weight))
 
         self.reads += [read(o.leaf, self.here) for o in weight.origins]
         if self.on_dense == "error":
             leaf = weight.origins[0].leaf
             raise DensifyError(densified(read(self.shown.get(leaf, leaf), self.full_scope)))
-
-
-def _is_plain(weight: Weight, terms: Sequence[Term]) -> bool:
-    return len(terms) == 1 and terms[0].whole and weight.scale is None
-
-
-def _served(terms: Sequence[Term]) -> str:
-    """Returns how a call site is served by terms that need not be materialised."""
-    adapters = [t for t in terms if t.group]
-    if any(isinstance(t, LowRank) for t in adapters):
-        return "low rank"
-    if any(not t.whole for t in adapters):
-        return "rows"
-    if adapters:
-        return "copy"
-    return "quantised" if any(t.stored for t in terms) else "plain"
-
-
-def _bytes(weight: Weight) -> int:
-    return math.prod(weight.shape) * jax.numpy.dtype(weight.dtype).itemsize

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 
+import jax
+
+from flax_tied_lora._algebra.term import LowRank, Term
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.sites import DENSE, DEQUANTISED, Read
 
 
@@ -152,3 +157,25 @@ _BY_OPERATION = {name: reason.why for reason in REASONS for name in reason.opera
 def reason_for(operation: str) -> str:
     """Returns why an operation has a weight materialised."""
     return _BY_OPERATION.get(operation, OTHERWISE)
+
+
+def is_plain(weight: Weight, terms: Sequence[Term]) -> bool:
+    """Returns whether a weight is one array as it stands, so that nothing is materialised."""
+    return len(terms) == 1 and terms[0].whole and weight.scale is None
+
+
+def served_by(terms: Sequence[Term]) -> str:
+    """Returns how a call site is served by terms that need not be materialised."""
+    adapters = [t for t in terms if t.group]
+    if any(isinstance(t, LowRank) for t in adapters):
+        return "low rank"
+    if any(not t.whole for t in adapters):
+        return "rows"
+    if adapters:
+        return "copy"
+    return "quantised" if any(t.stored for t in terms) else "plain"
+
+
+def bytes_of(weight: Weight) -> int:
+    """Returns how many bytes a weight has as one array."""
+    return math.prod(weight.shape) * jax.numpy.dtype(weight.dtype).itemsize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +17,9 @@ from flax_tied_lora._interpreter.context import OnDense
 from flax_tied_lora._interpreter.tracing import filling
 from flax_tied_lora._verbs.adapt import adapt
 from flax_tied_lora._verbs.merge import merge
+from flax_tied_lora._verbs.model_methods import REFUSED, SAVES, runs, settings, without_params
 
 _OWN = ("_model", "_adapted", "_on_dense", "_jit", "_compiled")
-_SAVES = ("save_pretrained",)  # These want arrays that exist: the merged params.
-_MAKES = ("init_weights",)  # Not run with params: makes them.
-_REFUSED = ("push_to_hub",)  # Saves the model's own params, and takes no others.
 
 
 _P = ParamSpec("_P", default=...)
@@ -74,13 +71,13 @@ class AdaptedModel(Generic[_P, _R]):
         if isinstance(model, AdaptedModel):
             raise TypeError("AdaptedModel: the model is an AdaptedModel; use its .replace(adapted)")
         names = ("__call__", *(n for n in dir(type(model)) if not n.startswith("_")))
-        if isinstance(model, type) or not any(_runs(model, name) for name in names):
+        if isinstance(model, type) or not any(runs(model, name) for name in names):
             raise TypeError(
                 f"AdaptedModel: {_named(model)} has no method that takes params=, as transformers' "
                 "Flax models have; for a Flax module use tied_lora.adapt(module.apply)"
             )
         adapt(lambda: None, on_dense=on_dense)  # Refuses an unknown on_dense now, not in a call.
-        self._model = _without_params(model)
+        self._model = without_params(model)
         self._adapted = _checked(adapted, "adapted")
         self._on_dense: OnDense = on_dense
         self._jit = jit
@@ -131,7 +128,7 @@ class AdaptedModel(Generic[_P, _R]):
         # Private names are not forwarded; copying and pickling ask for some before all is set.
         if name.startswith("_"):
             raise AttributeError(f"AdaptedModel has no attribute {name!r}")
-        if name in _REFUSED and hasattr(self._model, name):
+        if name in REFUSED and hasattr(self._model, name):
             raise AttributeError(
                 f"AdaptedModel: {name} would send the model's own params, which are not adapted; "
                 "write the merged model with save_pretrained, and send that"
@@ -139,7 +136,7 @@ class AdaptedModel(Generic[_P, _R]):
         value = getattr(self._model, name)
         if not callable(value) or isinstance(value, type):
             return value
-        if _runs(self._model, name) or name in _SAVES:
+        if runs(self._model, name) or name in SAVES:
             return functools.wraps(value)(lambda *a, **k: self._run(name, value, a, k))
         return self._forgetting(value) if inspect.ismethod(value) else value
 
@@ -203,18 +200,18 @@ class AdaptedModel(Generic[_P, _R]):
                 "AdaptedModel: inside of adapt or explain it holds no Adapted; give them its "
                 ".model, and params=model.adapted"
             )
-        put = merge(adapted) if name in _SAVES else adapted
+        put = merge(adapted) if name in SAVES else adapted
         if "params" in bound.signature.parameters:
             bound.arguments["params"] = put
             args, kwargs = bound.args, bound.kwargs
         else:
             kwargs = {**kwargs, "params": put}
-        if name in _SAVES:
+        if name in SAVES:
             return method(*args, **kwargs)
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=lambda x: x is adapted)
         places = tuple(i for i, x in enumerate(leaves) if x is adapted or _is_array(x))
         rest = [None if i in places else x for i, x in enumerate(leaves)]
-        key = (name, treedef, places, tuple((type(x), x) for x in rest), _settings(self._model))
+        key = (name, treedef, places, tuple((type(x), x) for x in rest), settings(self._model))
         run = self._program(key, method, filling(treedef, rest, places))
         return run([leaves[i] for i in places])
 
@@ -263,50 +260,3 @@ def _checked(adapted: Any, name: str) -> Adapted:
             "returns. For plain params call the model itself"
         )
     return adapted
-
-
-def _runs(model: Any, name: str) -> bool:
-    """Returns whether a method runs the model with params that it is given.
-
-    It takes ``params``, or hands them on to the method that it overrides; not as its first
-    argument: then they are what it works on.
-    """
-    if name in (*_MAKES, *_SAVES, *_REFUSED):
-        return False
-    owners = (model, *(c for c in type(model).__mro__ if name in vars(c)))
-    return any(_takes_params(owner, name) for owner in owners)
-
-
-def _takes_params(owner: Any, name: str) -> bool:
-    method = owner if name == "__call__" and not isinstance(owner, type) else None
-    method = method or inspect.getattr_static(owner, name, None)
-    try:
-        names = list(inspect.signature(method).parameters)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # No function, or one that has no signature.
-        return False
-    if names and names[0] == "self":
-        names = names[1:]
-    return "params" in names[1:] or (name == "__call__" and "params" in names)
-
-
-def _without_params(model: Any) -> Any:
-    """Returns a shallow copy of a model, with shapes in the place of its own params."""
-    bare = copy.copy(model)
-    try:
-        params = model.params
-    except (AttributeError, ValueError):  # It has none, or says that it has none.
-        return bare
-    try:
-        bare.params = jax.eval_shape(lambda: params)
-    except AttributeError as error:
-        raise TypeError(
-            f"AdaptedModel: {type(model).__name__}.params cannot be set, so its own params could "
-            "run unadapted; use tied_lora.adapt on its methods"
-        ) from error
-    return bare
-
-
-def _settings(model: Any) -> tuple[str, ...]:
-    """Returns what a call depends on besides its arguments, and people change in place."""
-    parts = (getattr(model, name, None) for name in ("config", "generation_config"))
-    return tuple(repr(getattr(part, "__dict__", None)) for part in parts)

@@ -24,7 +24,7 @@ from flax_tied_lora._tree.quantized_array import QuantizedArray
 Reduction = Literal["mean", "sum", "none"]
 
 
-def linear_cross_entropy(
+def linear_cross_entropy(  # noqa: PLR0913 - options of a loss, all by keyword
     hidden: ArrayLike, table: ArrayLike | QuantizedArray, labels: ArrayLike, *,
     weights: ArrayLike | None = None, bias: ArrayLike | None = None,
     vocab_axis: int = 0, reduction: Reduction = "mean",

@@ -69,7 +69,7 @@ class Vocabulary:
         return jnp.where(ids < self.n_tokens, logits, -jnp.inf)
 
 
-def grow_vocabulary(
+def grow_vocabulary(  # noqa: PLR0913 - options, all by keyword
     params: Any, n_tokens: int, *, old_tokens: int | None = None,
     pad_to_multiple_of: int | None = None, init: Any = "mean",
     leaves: Mapping[str, int | None] | None = None, ties: Any = "auto",

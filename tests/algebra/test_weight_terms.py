@@ -18,6 +18,7 @@ from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import DensifyError
 from flax_tied_lora._interpreter.sites import LeafInfo
+from tests.helpers.compiling import as_shipped
 
 V, D = 12, 6
 TABLE = jax.random.normal(jax.random.key(0), (V, D))

@@ -13,7 +13,7 @@ import optax
 from tests.helpers import compiling
 
 
-def cross_entropy(
+def cross_entropy(  # noqa: PLR0913 - as the loss that it is compared with
     hidden: Any, table: Any, labels: Any, *, weights: Any = None, bias: Any = None,
     vocab_axis: int = 0, reduction: str = "mean", ignore_index: int = -100,
     label_smoothing: float = 0.0, z_loss: float = 0.0, logit_soft_cap: float | None = None,

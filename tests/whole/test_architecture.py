@@ -178,3 +178,9 @@ def test_public_modules_only_reexport(module):
     assert all(isinstance(node, kinds) for node in tree.body)
     (exported,) = (ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign))
     assert sorted(exported) == sorted({name for _, _, name in imports(module)})
+
+
+def test_no_file_is_over_300_lines():
+    folders = ("flax_tied_lora", "tests", "examples", "benchmarks")
+    files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
+    assert not [str(f) for f in files if len(f.read_text().splitlines()) > 300]

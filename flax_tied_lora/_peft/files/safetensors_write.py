@@ -33,7 +33,7 @@ class TensorSource(NamedTuple):
     get: Callable[[], Any]
 
 
-def write_safetensors(
+def write_safetensors(  # noqa: PLR0913 - what else is in the directory, by keyword
     directory: str | Path,
     tensors: Iterable[tuple[str, tuple[int, ...], Any, Callable[[], Any]]],
     *,
