@@ -3,7 +3,7 @@
 A rule is a function ``rule(context, equation, *operands)`` that returns the equation's outputs, or
 `NotImplemented` where it cannot serve this form of it. At least one operand is a `Weight`; the
 others are arrays. An output is an array, or a `Weight` again if the operation only rearranges.
-Without a rule the weight is added up, which is always correct and always reported.
+Without a rule the weight is materialised, which is always correct and always reported.
 """
 
 from __future__ import annotations

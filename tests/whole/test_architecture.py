@@ -184,3 +184,18 @@ def test_no_file_is_over_300_lines():
     folders = ("flax_tied_lora", "tests", "examples", "benchmarks")
     files = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.py"))]
     assert not [str(f) for f in files if len(f.read_text().splitlines()) > 300]
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_files_that_are_there(page):
+    tops = "_[a-z]+|tests|examples|benchmarks|docs"
+    named = re.findall(rf"`((?:{tops})/[\w/.*-]*)`", page.read_text())
+    missing = {
+        name
+        for name in named
+        if not any(list(top.glob(name.rstrip("/"))) for top in (ROOT, PACKAGE))
+    }
+    assert not missing
