@@ -34,6 +34,7 @@ from flax_tied_lora._verbs.adapted_model import AdaptedModel as AdaptedModel
 from flax_tied_lora._verbs.explain import Explanation as Explanation
 from flax_tied_lora._verbs.explain import NotTiedError as NotTiedError
 from flax_tied_lora._verbs.explain import explain as explain
+from flax_tied_lora._verbs.frozen_gradient import FrozenGradientWarning as FrozenGradientWarning
 from flax_tied_lora._verbs.merge import base as base
 from flax_tied_lora._verbs.merge import merge as merge
 from flax_tied_lora._verbs.quantize import dequantize as dequantize
@@ -71,6 +72,7 @@ __all__ = [
     "DensifyError",
     "DensifyWarning",
     "Explanation",
+    "FrozenGradientWarning",
     "GroupPlan",
     "LoraConfig",
     "Member",
