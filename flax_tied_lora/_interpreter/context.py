@@ -249,11 +249,12 @@ class Context:
     def added_up(self, operation: str, weight: Weight, terms: Sequence[Term]) -> None:
         """Reports that terms of a weight are added up into an array of its size, or refuses it."""
         groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
+        undropped = any(isinstance(t, LowRank) and t.key is not None for t in terms)
 
         def read(leaf: str, scope: str) -> Read:
             site = CallSite(leaf, operation, scope=module_scope(scope), role=OTHER)
             served = DEQUANTISED if all(t.stored for t in terms) else DENSE
-            return Read(site, served, groups, 0, _bytes(weight))
+            return Read(site, served, groups, 0, _bytes(weight), undropped)
 
         self.reads += [read(o.leaf, self.here) for o in weight.origins]
         if self.on_dense == "error":

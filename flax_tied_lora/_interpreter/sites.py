@@ -55,6 +55,7 @@ class Read:
         (as it is stored), or ``"dequantised"`` (into one array).
       groups: keys of the adapters that were applied.
       flops, bytes: what it cost beyond the unadapted operation.
+      undropped: whether dropout is on, and the weight was added up, so that it has none here.
     """
 
     site: CallSite
@@ -62,6 +63,7 @@ class Read:
     groups: tuple[str, ...] = ()
     flops: int = 0
     bytes: int = 0
+    undropped: bool = False
 
 
 # How a site is served where an array of the weight's size is made for it.

@@ -131,3 +131,14 @@ def test_differentiated_before_adapted_with_dropout_is_refused(targets):
     ):
         step(adapted.train(jax.random.key(0)))
     close(step(adapted), jax.grad(loss)(tied_lora.merge(adapted), TOKENS))
+
+
+def test_a_weight_that_is_added_up_has_none_and_says_so():
+    added_up = tied_lora.adapt(lambda p: jnp.tanh(p["w"]))
+    said = "dropout, which is on, does nothing here"
+    with pytest.warns(tied_lora.DensifyWarning, match=f"bytes, and {said}. Take it out") as caught:
+        result = added_up(DROPPED.train(jax.random.key(0)))
+    assert len(caught) == 1
+    with pytest.warns(tied_lora.DensifyWarning) as caught:
+        chex.assert_trees_all_equal(added_up(DROPPED), result)
+    assert said not in str(caught[0].message)
