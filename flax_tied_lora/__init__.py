@@ -8,6 +8,9 @@ from flax_tied_lora import losses as losses
 from flax_tied_lora import serving as serving
 from flax_tied_lora import train as train
 from flax_tied_lora._adapters.adapted import Adapted as Adapted
+from flax_tied_lora._adapters.dropout import NoDropoutWarning as NoDropoutWarning
+from flax_tied_lora._adapters.split import combine as combine
+from flax_tied_lora._adapters.split import split as split
 from flax_tied_lora._algebra.site_filter import SiteFilter as SiteFilter
 from flax_tied_lora._config.config import LoraConfig as LoraConfig
 from flax_tied_lora._interpreter import rules as _rules  # noqa: F401 (registers them)
@@ -76,6 +79,7 @@ __all__ = [
     "GroupPlan",
     "LoraConfig",
     "Member",
+    "NoDropoutWarning",
     "NotTiedError",
     "Plan",
     "QuantizedArray",
@@ -93,6 +97,7 @@ __all__ = [
     "arithmetic",
     "base",
     "checkpoint",
+    "combine",
     "dequantize",
     "explain",
     "find_ties",
@@ -108,6 +113,7 @@ __all__ = [
     "register_rule",
     "select",
     "serving",
+    "split",
     "stack",
     "stored_bytes",
     "trace",

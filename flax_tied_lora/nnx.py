@@ -11,6 +11,8 @@ from flax_tied_lora._nnx.module import AdaptedModule as AdaptedModule
 from flax_tied_lora._nnx.module import LoRADropout as LoRADropout
 from flax_tied_lora._nnx.module import Scaling as Scaling
 from flax_tied_lora._nnx.module import Slot as Slot
+from flax_tied_lora._nnx.step import Step as Step
+from flax_tied_lora._nnx.step import step as step
 from flax_tied_lora._nnx.trace import explain as explain
 from flax_tied_lora._nnx.trace import trace as trace
 from flax_tied_lora._nnx.verbs import adapted as adapted
@@ -23,6 +25,7 @@ __all__ = [
     "LoRADropout",
     "Scaling",
     "Slot",
+    "Step",
     "adapted",
     "base",
     "explain",
@@ -30,6 +33,7 @@ __all__ = [
     "merge",
     "params",
     "quantize",
+    "step",
     "trace",
     "wrap",
 ]

@@ -194,7 +194,9 @@ def summary(adapted: Adapted) -> str:
 
 
 def _slots(adapted: Adapted) -> int | None:
-    """Returns how many adapters are stacked; None if they are not."""
+    """Returns how many adapters are stacked; None if they are not, or are not there."""
+    if adapted.adapters is None:
+        return None
     for group, adapter in adapted.plan.adapters():
         own = adapted.adapters[adapter.kind][adapter.key]
         for name, shape in group.shapes(adapter).items():

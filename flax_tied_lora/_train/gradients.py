@@ -8,7 +8,10 @@ from typing import Any
 import jax
 
 from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.dropout import warn_without_dropout
 from flax_tied_lora._tree.boxes import in_place
+
+DROPOUT_ON = "adapted.train(key) turns it on, with a key of its own for each step"
 
 
 def value_and_grad(
@@ -30,6 +33,9 @@ def value_and_grad(
       A function of the same arguments that returns ``(value, grads)``, the gradients in the
       structure of ``adapted.adapters``, ready for Optax.
 
+    Warns:
+      NoDropoutWarning: the config has a ``lora_dropout`` that is not on: `Adapted.train`.
+
     Raises:
       TypeError: the first argument is not an `Adapted`.
 
@@ -44,15 +50,24 @@ def value_and_grad(
       loss, grads = tied_lora.value_and_grad(loss_fn)(adapted, tokens)
       updates, state = optimizer.update(grads, state, adapted.adapters)
       adapted = adapted.replace(adapters=optax.apply_updates(adapted.adapters, updates))
+
+    `train.step` does all of it.
     """
+    gradients = of_adapters(loss_fn, has_aux=has_aux)
 
     def run(adapted: Adapted, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if not isinstance(adapted, Adapted):
-            raise TypeError(
-                f"value_and_grad: the first argument is a {type(adapted).__name__}; expected an "
-                "Adapted, as wrap returns it"
-            )
+        check_trained("value_and_grad", adapted)
+        if adapted.rng is None:
+            warn_without_dropout("value_and_grad", adapted.plan, DROPOUT_ON, stacklevel=2)
+        return gradients(adapted, *args, **kwargs)
 
+    return run
+
+
+def of_adapters(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., tuple[Any, Any]]:
+    """Returns the function that `value_and_grad` returns, without its checks."""
+
+    def run(adapted: Adapted, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         def of_adapters(adapters: Any) -> Any:
             return loss_fn(adapted.replace(adapters=adapters), *args, **kwargs)
 
@@ -61,3 +76,16 @@ def value_and_grad(
         return value, jax.tree.map(in_place, adapted.adapters, grads)
 
     return run
+
+
+def check_trained(what: str, adapted: Any) -> None:
+    """Refuses what has no adapters to train.
+
+    Raises:
+      TypeError: not an `Adapted`.
+    """
+    if not isinstance(adapted, Adapted):
+        raise TypeError(
+            f"{what}: the first argument is a {type(adapted).__name__}; expected an Adapted, as "
+            "wrap returns it"
+        )
