@@ -62,8 +62,8 @@ class Adapted:
     def train(self, rng: jax.Array) -> Adapted:
         """Returns a copy in which dropout is on, at the config's ``lora_dropout``.
 
-        Give each step a key of its own. Within a step the key is folded by group, call site and
-        loop step. Without a key there is no dropout.
+        Give each step a key of its own; `tied_lora.train.step` does so by itself. Within a step the
+        key is folded by group, call site and loop step. Without a key there is no dropout.
 
         Args:
           rng: a key of `jax.random.key` or `jax.random.PRNGKey`.

@@ -22,6 +22,9 @@ def value_and_grad(
     Like `jax.value_and_grad`, but only ``adapted.adapters`` is differentiated: the frozen params
     are not. The gradient of a tied factor is the sum over all call sites of its group.
 
+    `train.step` takes these gradients, and is compiled. A step of your own that is compiled returns
+    the adapters and not the `Adapted`, the frozen params in which would be copied: see `split`.
+
     Outside of `jax.jit` a gradient is sharded like its factor; within, on Auto mesh axes, that has
     to be asked for (docs/meshes.md).
 
@@ -50,8 +53,6 @@ def value_and_grad(
       loss, grads = tied_lora.value_and_grad(loss_fn)(adapted, tokens)
       updates, state = optimizer.update(grads, state, adapted.adapters)
       adapted = adapted.replace(adapters=optax.apply_updates(adapted.adapters, updates))
-
-    `train.step` does all of it.
     """
     gradients = of_adapters(loss_fn, has_aux=has_aux)
 
