@@ -12,10 +12,23 @@ WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-libraries test-slow test-gpu test-tpu lint format bench bench-long clean
+.PHONY: demo quick test test-libraries test-slow test-gpu test-tpu lint format bench bench-long clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_smollm2.py $(DEMO_ARGS)
+
+# What is pure Python or compiles little, the rules, and a few of the oracle's programs: a minute on
+# two idle cores, without torch, peft and transformers.
+QUICK := tree config names ties planning interpreter algebra/test_factor.py \
+	algebra/test_site_filter.py algebra/test_weight_terms.py verbs/test_explain.py \
+	verbs/test_trace.py peft/files/test_strict_json.py vocabulary/test_leaves.py \
+	whole/test_architecture.py whole/test_mirror.py whole/test_oracle.py
+LONGER := interpreter/test_evaluate_differentiated.py planning/test_axes_shapes.py \
+	planning/test_fused.py planning/test_tying.py
+
+quick: $(VENV)/.quick
+	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest $(SPREAD) $(addprefix tests/,$(QUICK)) \
+		$(addprefix --ignore=tests/,$(LONGER)) $(PYTEST_ARGS)
 
 test: $(VENV)/.test $(VENV)/.libraries
 	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
@@ -44,12 +57,20 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: package
+# The two files of a release, in dist/: the wheel is made from the source distribution.
+package: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 # As benchmarks/_harness.py has it.
 KEPT_MEMORY := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592
 
 # Half an hour on two idle cores, 10 GiB of memory; writes benchmarks/results/ and docs/performance.md.
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/elsewhere.py
+	$(BIN)/python benchmarks/importing.py
 	$(BIN)/python benchmarks/tracing.py
 	$(BIN)/python benchmarks/linear_cross_entropy.py
 	$(BIN)/python benchmarks/decoding.py
@@ -69,7 +90,7 @@ bench-long: $(VENV)/.bench
 	$(BIN)/python benchmarks/_report.py
 
 clean:
-	rm -rf $(VENV) .venv-tpu .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-tpu dist .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found" >&2; exit 1; }

@@ -1,70 +1,50 @@
-"""LoRA for Flax models with tied weights: one delta wherever a shared matrix is read."""
+"""LoRA for Flax models with tied weights: one delta wherever a shared matrix is read.
 
-import importlib
+Its public modules (`nnx`, `peft`, `checkpoint` and the others) are loaded when they are first used.
+"""
+
 import importlib.metadata
-from typing import TYPE_CHECKING, Any
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from flax_tied_lora import losses as losses
-from flax_tied_lora import serving as serving
-from flax_tied_lora import train as train
-from flax_tied_lora._adapters.adapted import Adapted as Adapted
-from flax_tied_lora._adapters.dropout import NoDropoutWarning as NoDropoutWarning
-from flax_tied_lora._adapters.split import combine as combine
-from flax_tied_lora._adapters.split import split as split
-from flax_tied_lora._algebra.site_filter import SiteFilter as SiteFilter
-from flax_tied_lora._config.config import LoraConfig as LoraConfig
+from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.dropout import NoDropoutWarning
+from flax_tied_lora._adapters.split import combine, split
+from flax_tied_lora._adapters.stack import adapter_axes, put, select, stack
+from flax_tied_lora._algebra.site_filter import SiteFilter
+from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter import rules as _rules  # noqa: F401 (registers them)
-from flax_tied_lora._interpreter.materialised import DensifyError as DensifyError
-from flax_tied_lora._interpreter.materialised import DensifyWarning as DensifyWarning
-from flax_tied_lora._interpreter.registry import register_rule as register_rule
-from flax_tied_lora._interpreter.sites import CallSite as CallSite
-from flax_tied_lora._interpreter.sites import CallSites as CallSites
-from flax_tied_lora._interpreter.sites import Read as Read
+from flax_tied_lora._interpreter.custom_rule import custom_rule
+from flax_tied_lora._interpreter.materialised import DensifyError, DensifyWarning
+from flax_tied_lora._interpreter.protocols import Operand, Rule, RuleContext
+from flax_tied_lora._interpreter.registry import register_rule
+from flax_tied_lora._interpreter.sites import CallSite, CallSites, Read
 from flax_tied_lora._losses import rule as _loss_rule  # noqa: F401 (registers it)
-from flax_tied_lora._planning.plan import AdapterPlan as AdapterPlan
-from flax_tied_lora._planning.plan import GroupPlan as GroupPlan
-from flax_tied_lora._planning.plan import Plan as Plan
-from flax_tied_lora._planning.targets import UnmatchedTargetWarning as UnmatchedTargetWarning
-from flax_tied_lora._planning.tying import WeightTyingWarning as WeightTyingWarning
-from flax_tied_lora._ties.find import find_ties as find_ties
-from flax_tied_lora._ties.sources import Member as Member
-from flax_tied_lora._ties.sources import TieGroup as TieGroup
-from flax_tied_lora._tree.paths import TiedLeaf as TiedLeaf
-from flax_tied_lora._tree.quantized_array import QuantizedArray as QuantizedArray
-from flax_tied_lora._verbs.adapt import UnreadTargetWarning as UnreadTargetWarning
-from flax_tied_lora._verbs.adapt import adapt as adapt
-from flax_tied_lora._verbs.adapted_model import AdaptedModel as AdaptedModel
-from flax_tied_lora._verbs.explain import Explanation as Explanation
-from flax_tied_lora._verbs.explain import NotTiedError as NotTiedError
-from flax_tied_lora._verbs.explain import explain as explain
-from flax_tied_lora._verbs.frozen_gradient import FrozenGradientWarning as FrozenGradientWarning
-from flax_tied_lora._verbs.merge import base as base
-from flax_tied_lora._verbs.merge import merge as merge
-from flax_tied_lora._verbs.quantize import dequantize as dequantize
-from flax_tied_lora._verbs.quantize import quantize as quantize
-from flax_tied_lora._verbs.quantize import stored_bytes as stored_bytes
-from flax_tied_lora._verbs.trace import trace as trace
-from flax_tied_lora._verbs.wrap import wrap as wrap
-from flax_tied_lora._vocabulary.grow import Vocabulary as Vocabulary
-from flax_tied_lora._vocabulary.grow import grow_vocabulary as grow_vocabulary
-from flax_tied_lora.serving import adapter_axes as adapter_axes
-from flax_tied_lora.serving import per_example as per_example
-from flax_tied_lora.serving import put as put
-from flax_tied_lora.serving import select as select
-from flax_tied_lora.serving import stack as stack
-from flax_tied_lora.train import value_and_grad as value_and_grad
+from flax_tied_lora._planning.plan import AdapterPlan, GroupPlan, Plan
+from flax_tied_lora._planning.targets import UnmatchedTargetWarning
+from flax_tied_lora._planning.tying import WeightTyingWarning
+from flax_tied_lora._ties.find import find_ties
+from flax_tied_lora._ties.groups import Member, TieGroup
+from flax_tied_lora._train.gradients import value_and_grad
+from flax_tied_lora._tree.paths import TiedLeaf
+from flax_tied_lora._tree.quantized_array import QuantizedArray
+from flax_tied_lora._verbs.adapt import UnreadTargetWarning, adapt
+from flax_tied_lora._verbs.adapted_model import AdaptedModel
+from flax_tied_lora._verbs.explain import Explanation, NotTiedError, explain
+from flax_tied_lora._verbs.frozen_gradient import FrozenGradientWarning
+from flax_tied_lora._verbs.merge import base, merge
+from flax_tied_lora._verbs.per_example import per_example
+from flax_tied_lora._verbs.quantize import dequantize, quantize, stored_bytes
+from flax_tied_lora._verbs.trace import trace
+from flax_tied_lora._verbs.wrap import wrap
+from flax_tied_lora._vocabulary.grow import Vocabulary, grow_vocabulary
 
 if TYPE_CHECKING:
-    from flax_tied_lora import arithmetic as arithmetic
-    from flax_tied_lora import checkpoint as checkpoint
-    from flax_tied_lora import names as names
-    from flax_tied_lora import nnx as nnx
-    from flax_tied_lora import peft as peft
+    from flax_tied_lora import arithmetic, checkpoint, losses, names, nnx, peft, serving, train
 
 __version__ = importlib.metadata.version("flax-tied-lora")
-
-# Loaded when they are first asked for: each imports a library that not everybody needs.
-_ON_FIRST_USE = ("arithmetic", "checkpoint", "names", "nnx", "peft")
 
 __all__ = [
     "Adapted",
@@ -81,9 +61,12 @@ __all__ = [
     "Member",
     "NoDropoutWarning",
     "NotTiedError",
+    "Operand",
     "Plan",
     "QuantizedArray",
     "Read",
+    "Rule",
+    "RuleContext",
     "SiteFilter",
     "TieGroup",
     "TiedLeaf",
@@ -91,13 +74,13 @@ __all__ = [
     "UnreadTargetWarning",
     "Vocabulary",
     "WeightTyingWarning",
-    "__version__",
     "adapt",
     "adapter_axes",
     "arithmetic",
     "base",
     "checkpoint",
     "combine",
+    "custom_rule",
     "dequantize",
     "explain",
     "find_ties",
@@ -123,11 +106,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _ON_FIRST_USE:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> ModuleType:
+    """Returns a public module, which is run when something in it is first asked for."""
+    spec = importlib.util.find_spec(f"{__name__}.{name}") if name in __all__ else None
+    if spec is None or spec.loader is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # Another thread may have been faster.
+    globals()[name] = module = sys.modules.setdefault(spec.name, module)
+    return module
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE})
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,9 @@
-"""Arithmetic on adapters: add them up, scale, switch and pad them, extract them from checkpoints.
+"""Arithmetic on adapters: combine, scale, switch and pad them, extract them from checkpoints.
 
-`tied_lora.stack` is the sixth: many adapters, of different ranks too, over one base at once.
+`combine` is a weighted sum of adapters as one adapter. `scale` multiplies adapters by a number,
+`switch` replaces those of an `Adapted` by others, and `padded` gives them a larger rank. `extract`
+makes adapters of the difference between two checkpoints. To serve many adapters over one base at
+once, see `flax_tied_lora.serving`.
 """
 
 from flax_tied_lora._arithmetic.combining import combine as combine

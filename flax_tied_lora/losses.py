@@ -1,7 +1,13 @@
-"""Losses that never hold the logits."""
+"""Losses of a language model's output projection that never hold all of the logits.
 
+`linear_cross_entropy` is the softmax cross-entropy of ``hidden @ table.T``, computed a chunk of
+tokens at a time, with its gradients. Inside `adapt` the table may have adapters.
+"""
+
+from flax_tied_lora._verbs.linear_cross_entropy import Reduction as Reduction
 from flax_tied_lora._verbs.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 
 __all__ = [
+    "Reduction",
     "linear_cross_entropy",
 ]

@@ -1,27 +1,32 @@
 """How a model's Flax leaf paths and its PyTorch parameter names correspond, both ways.
 
-`names_of` returns the correspondence of a family: transformers' Flax GPT-2, GPT-Neo, OPT, BLOOM,
-Llama, Mistral, Gemma, BERT, RoBERTa, T5 and BART, tunix's Qwen 2 and 3, Llama 3, Gemma 2 and 3, and
-DeepMind's Gemma 2 and 3. For any other model people give a table of their own, one line for each
-kind of leaf.
+`names_of` returns the table of names of a family (`FAMILIES` lists them): transformers' Flax GPT-2,
+GPT-Neo, OPT, BLOOM, Llama, Mistral, Gemma, BERT, RoBERTa, T5 and BART, tunix's Qwen 2 and 3,
+Llama 3, Gemma 2 and 3, and DeepMind's Gemma 2 and 3. For any other model you give the table, a line
+for each kind of leaf. `to_state_dict` and `from_state_dict` convert whole params with it, and
+`flax_tied_lora.peft` reads and writes adapters with it::
 
-A line is ``(Flax path, PyTorch name)``, with a layout and a kind behind it where they do not follow
+    names = names_of("gpt2")
+    names.to_torch("transformer/h/0/attn/c_attn/kernel", 2)[0].name
+    state_dict = to_state_dict(params, names)
+
+A line is ``(Flax path, PyTorch name)``, followed by a layout and a kind where they do not follow
 from the leaf's name. ``{}`` stands for a number. The layout has the leaf's axes on the left and the
-parameter's on the right; several in brackets are one axis::
+parameter's on the right; axes in brackets are flattened into one::
 
     ("layers_{}/mlp/up/kernel", "model.layers.{}.mlp.up_proj.weight")
     ("layers_{}/attn/q/kernel", "model.layers.{}.self_attn.q_proj.weight",
      "in heads dim -> (heads dim) in")
 
-Where a leaf is several parameters, the axis along which it is sliced has an index in its place, a
-line for each, or a placeholder of the PyTorch name::
+Where a leaf is several parameters, there is either a line for each, with an index in place of the
+axis along which the leaf is sliced, or one line with a placeholder of the PyTorch name there::
 
     ("layers_{}/attn/kv", "model.layers.{}.self_attn.k_proj.weight", "0 heads in dim -> (heads dim) in")
     ("layers_{}/attn/kv", "model.layers.{}.self_attn.v_proj.weight", "1 heads in dim -> (heads dim) in")
     ("layers/mlp/up/kernel", "model.layers.{layer}.mlp.up_proj.weight", "{layer} in out -> out in")
 
-Without a layout a leaf called ``kernel`` is [in, out] and turned round, one whose name ends with
-``embedding`` is a table as it is, and any other has one axis.
+Without a layout, a leaf called ``kernel`` is [in, out] and transposed in PyTorch, one whose name
+ends with ``embedding`` is a table [rows, columns] in both, and any other leaf has one axis.
 """  # noqa: E501 - a table reads best a line a line
 
 from flax_tied_lora._names.layout import TorchWeight as TorchWeight
@@ -33,10 +38,10 @@ from flax_tied_lora._names.mapping import Tie as Tie
 from flax_tied_lora._names.mapping import UnmappedError as UnmappedError
 from flax_tied_lora._names.names_of import FAMILIES as FAMILIES
 from flax_tied_lora._names.names_of import names_of as names_of
-from flax_tied_lora._names.state import Entry as Entry
-from flax_tied_lora._names.state import from_state_dict as from_state_dict
-from flax_tied_lora._names.state import state_entries as state_entries
-from flax_tied_lora._names.state import to_state_dict as to_state_dict
+from flax_tied_lora._names.state_dict import Entry as Entry
+from flax_tied_lora._names.state_dict import from_state_dict as from_state_dict
+from flax_tied_lora._names.state_dict import state_entries as state_entries
+from flax_tied_lora._names.state_dict import to_state_dict as to_state_dict
 
 __all__ = [
     "FAMILIES",

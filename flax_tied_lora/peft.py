@@ -1,7 +1,12 @@
-"""PEFT's adapter files, in and out; and merged models for PyTorch.
+"""PEFT's adapter files, read and written, and merged models for PyTorch, written.
 
 `save_adapter` writes what ``PeftModel.from_pretrained`` loads; `load_adapter` reads what PEFT's
-``save_pretrained`` wrote. Neither needs PyTorch. The correspondence of names is `names_of`'s.
+``save_pretrained`` wrote; `save_merged` writes a model that transformers loads. None of them needs
+PyTorch. `names_of` says how the names of the two frameworks correspond::
+
+    names = peft.names_of("gpt2")
+    adapted = peft.load_adapter("adapter", params, names)
+    peft.save_adapter("copy", adapted, names)
 """
 
 from flax_tied_lora._names.names_of import names_of as names_of

@@ -46,6 +46,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "slow", deadline=None, derandomize=False, print_blob=True, suppress_health_check=quiet
 )
+hypothesis.settings.register_profile(
+    "quick", hypothesis.settings.get_profile("default"), max_examples=10
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 OTHERS_MODELS = {Path(__file__).parent / name for name in ("models", "libraries")}

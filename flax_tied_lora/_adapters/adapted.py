@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Generic, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
+from typing_extensions import TypeVar
 
 from flax_tied_lora._algebra.factor import pytree
 from flax_tied_lora._planning.plan import COLLECTIONS, LORA, GroupPlan, Plan
@@ -20,9 +20,25 @@ from flax_tied_lora._tree.table import folded, table
 _SCALING = "lora_scaling"
 _PARAMS = "params"
 
+# What holds the params: a dict, a FrozenDict, an `nnx.State`, any pytree with key paths.
+Params = TypeVar("Params", default=Any)
+# Collection -> key -> an array, or ``{"lora_a": array, ...}``.
+Adapters = Mapping[str, Mapping[str, Any]]
+
+
+class Fields(TypedDict, total=False):
+    """The fields of an `Adapted`, as `Adapted.replace` takes them."""
+
+    params: Any
+    adapters: Any
+    scaling: Mapping[str, Any]
+    rng: jax.Array | None
+    plan: Plan
+    slot: Any
+
 
 @pytree("plan")
-class Adapted:
+class Adapted(Generic[Params]):
     """Params with adapters: a pytree that takes the place of params wherever `adapt` is used.
 
     Attributes:
@@ -40,14 +56,14 @@ class Adapted:
         they are not chosen among. See `select`.
     """
 
-    params: Any
-    adapters: Any
-    scaling: Any
-    rng: Any
+    params: Params
+    adapters: Adapters
+    scaling: Mapping[str, Any]
+    rng: jax.Array | None
     plan: Plan
     slot: Any = None
 
-    def replace(self, **changes: Any) -> Adapted:
+    def replace(self, **changes: Unpack[Fields]) -> Adapted[Params]:
         """Returns a copy with some fields replaced, usually ``adapters``.
 
         Raises:
@@ -59,7 +75,7 @@ class Adapted:
             _check_adapters("Adapted.replace", self.plan, adapters, stacked=True)
         return dataclasses.replace(self, **changes)
 
-    def train(self, rng: jax.Array) -> Adapted:
+    def train(self, rng: jax.Array) -> Adapted[Params]:
         """Returns a copy in which dropout is on, at the config's ``lora_dropout``.
 
         Give each step a key of its own; `tied_lora.train.step` does so by itself. Within a step the
@@ -73,7 +89,7 @@ class Adapted:
         """
         return dataclasses.replace(self, rng=typed_key("Adapted.train", rng))
 
-    def eval(self) -> Adapted:
+    def eval(self) -> Adapted[Params]:
         """Returns a copy in which dropout is off."""
         return dataclasses.replace(self, rng=None)
 
@@ -115,6 +131,48 @@ def is_adapted(node: Any) -> bool:
     return isinstance(node, Adapted)
 
 
+def check_adapted(what: str, value: Any) -> None:
+    """Refuses what is no `Adapted`.
+
+    Raises:
+      TypeError: it is none.
+    """
+    if not isinstance(value, Adapted):
+        raise TypeError(
+            f"{what}: expected an Adapted, as wrap returns it, got {type(value).__name__}"
+        )
+
+
+def shapes_of(
+    adapted: Adapted,
+) -> Iterator[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
+    """Yields for every array of every adapter its key, its name, its shape and the plan's."""
+    for group, adapter in adapted.plan.adapters():
+        arrays = adapted.adapters[adapter.kind][adapter.key]
+        for name, planned in group.shapes(adapter).items():
+            array = unboxed(arrays[name] if name else arrays)
+            yield adapter.key, name or adapter.kind, tuple(array.shape), planned
+
+
+def check_slots(what: str, adapted: Adapted, remedy: str, *, stacked: bool = False) -> None:
+    """Refuses adapters that are stacked in slots, or where they should be, those that are not.
+
+    Args:
+      what: what errors call the function.
+      remedy: what to do, for the error.
+      stacked: whether they should be.
+
+    Raises:
+      ValueError: they are, or are not.
+    """
+    for key, name, shape, planned in shapes_of(adapted):
+        if len(shape) != len(planned) + stacked:
+            expected = ["slots", *planned] if stacked else list(planned)
+            raise ValueError(
+                f"{what}: {name} of {key!r} is {list(shape)}, expected {expected}: {remedy}"
+            )
+
+
 def _check_adapters(
     what: str, plan: Plan, adapters: Mapping[str, Any], stacked: bool = False
 ) -> None:
@@ -132,40 +190,39 @@ def _check_adapters(
         if kind in adapters:
             _check_keys(what, kind, adapters[kind], wanted.get(kind, []))
     for group, adapter in plan.adapters():
-        own = adapters[adapter.kind][adapter.key]
-        if adapter.kind == LORA and not isinstance(own, Mapping):
+        arrays = adapters[adapter.kind][adapter.key]
+        if adapter.kind == LORA and not isinstance(arrays, Mapping):
             continue
         for name, shape in group.shapes(adapter).items():
-            if name and name not in own:
+            if name and name not in arrays:
                 raise ValueError(
-                    f"{what}: {adapter.key!r} has no {name}, found {', '.join(map(repr, own))}; "
+                    f"{what}: {adapter.key!r} has no {name}, found {', '.join(map(repr, arrays))}; "
                     f"expected {', '.join(group.shapes(adapter))}"
                 )
-            _check_shape(what, name or adapter.kind, adapter.key, own[name] if name else own, shape,
-                         stacked)  # fmt: skip
+            array = arrays[name] if name else arrays
+            _check_shape(what, name or adapter.kind, adapter.key, array, shape, stacked)
 
 
 def _check_shape(
-    what: str, name: str, key: str, array: Any, shape: tuple[int, ...], stacked: bool
+    what: str, name: str, key: str, array: Any, planned: tuple[int, ...], stacked: bool
 ) -> None:
     array = unboxed(array)
-    found = getattr(array, "shape", None)
-    own = found[-len(shape) :] if found is not None and stacked else found
-    if own is not None and tuple(own) != shape:
+    shape = getattr(array, "shape", None)
+    if shape is not None and tuple(shape[-len(planned) :] if stacked else shape) != planned:
         raise ValueError(
-            f"{what}: {name} of {key!r} is {describe(array)}; the plan has {list(shape)}"
+            f"{what}: {name} of {key!r} is {describe(array)}; the plan has {list(planned)}"
         )
 
 
-def _check_keys(what: str, collection: str, found: Any, keys: Sequence[str]) -> None:
-    if not isinstance(found, Mapping):
+def _check_keys(what: str, collection: str, given: Any, keys: Sequence[str]) -> None:
+    if not isinstance(given, Mapping):
         raise ValueError(
             f"{what}: these are not the plan's adapters: {collection!r} is a "
-            f"{type(found).__name__}; expected a dict"
+            f"{type(given).__name__}; expected a dict"
         )
     wanted = set(keys)
-    if set(found) != wanted:
-        odd = {"missing": sorted(wanted - set(found)), "unknown": sorted(set(found) - wanted)}
+    if set(given) != wanted:
+        odd = {"missing": sorted(wanted - set(given)), "unknown": sorted(set(given) - wanted)}
         parts = [f"{how} {', '.join(map(repr, n[:3]))}" for how, n in odd.items() if n]
         raise ValueError(
             f"{what}: these are not the plan's adapters: in {collection!r} {'; '.join(parts)}"
@@ -197,11 +254,8 @@ def _slots(adapted: Adapted) -> int | None:
     """Returns how many adapters are stacked; None if they are not, or are not there."""
     if adapted.adapters is None:
         return None
-    for group, adapter in adapted.plan.adapters():
-        own = adapted.adapters[adapter.kind][adapter.key]
-        for name, shape in group.shapes(adapter).items():
-            found = jnp.shape(unboxed(own[name] if name else own))
-            return found[0] if len(found) > len(shape) else None
+    for _, _, shape, planned in shapes_of(adapted):
+        return shape[0] if len(shape) > len(planned) else None
     return None
 
 

@@ -41,8 +41,8 @@ def fingerprint(params: Any, plan: Plan) -> dict[str, list[Any]]:
     }
     arrays = {p: [x.values, x.scales] if is_quantized(x) else [x] for p, x in leaves.items()}
     # Fetched in one go, so that the devices never wait for each other.
-    sums = jax.device_get({p: [_sample_checksum(x) for x in own] for p, own in arrays.items()})
-    return {path: [list(x.shape), _kind(x), _one(sums[path])] for path, x in leaves.items()}
+    sums = jax.device_get({p: [_sample_checksum(x) for x in parts] for p, parts in arrays.items()})
+    return {path: [list(x.shape), _kind(x), _total(sums[path])] for path, x in leaves.items()}
 
 
 def _kind(leaf: Any) -> str:
@@ -52,7 +52,7 @@ def _kind(leaf: Any) -> str:
     return f"{leaf.dtype} as {leaf.qtype}, blocks of {block}, "
 
 
-def _one(sums: list[Any]) -> int | None:
+def _total(sums: list[Any]) -> int | None:
     """Returns one checksum of several; None where there is none."""
     if None in sums:
         return None
@@ -106,10 +106,10 @@ def _sample_checksum(leaf: Any) -> Any:
         return checksum(leaf)
     if isinstance(leaf, jax.Array):
         return checksum(_sampled(leaf))
-    return checksum(np.asarray(leaf)[_places(leaf.shape)])
+    return checksum(np.asarray(leaf)[_sample_places(leaf.shape)])
 
 
-def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+def _sample_places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     # Multiples of the golden ratio: spread evenly, and over all rows and columns.
     size = math.prod(shape)
     flat = np.array([(i * _GOLDEN % 2**64) * size >> 64 for i in range(SAMPLE)], np.int64)
@@ -118,7 +118,7 @@ def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
 
 @jax.jit
 def _sampled(leaf: jax.Array) -> jax.Array:
-    index = tuple(place.astype(np.int32) for place in _places(leaf.shape))
+    index = tuple(place.astype(np.int32) for place in _sample_places(leaf.shape))
     # With Explicit mesh axes a sharded array must say how what is picked from it is laid out.
     replicated = jax.NamedSharding(jax.typeof(leaf).sharding.mesh, jax.P(None))
     return leaf.at[index].get(out_sharding=replicated)

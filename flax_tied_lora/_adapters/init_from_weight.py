@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
+from flax_tied_lora._adapters.spans import cut, pasted
 from flax_tied_lora._config.checks import PISSA_NITER, reads_weight
-from flax_tied_lora._planning.fused import cut, pasted
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
 from flax_tied_lora._tree.boxes import in_place, unboxed
 from flax_tied_lora._tree.keys import key_number
@@ -72,7 +72,7 @@ def from_weight(
             u, s, vh = svd_lowrank(matrix, rank, int(iterations[1]), rng)
         root = jnp.sqrt(s[:rank] / scaling)
         a, b = u[:, :rank] * root[None, :], root[:, None] * vh[:rank]
-    residual = matrix - scaling * _product(a, b)
+    residual = matrix - scaling * exact_product(a, b)
     return a, b, residual.astype(weight.dtype)
 
 
@@ -103,8 +103,8 @@ def orthogonal(
         )
     square, left, right = jax.random.split(rng, 3)
     q, _ = jnp.linalg.qr(jax.random.normal(square, (rank, rank), jnp.float32))
-    a = _product(jax.random.normal(left, (rows, rank // 2), jnp.float32), q[0::2])
-    b = _product(q[1::2].T, jax.random.normal(right, (rank // 2, cols), jnp.float32))
+    a = exact_product(jax.random.normal(left, (rows, rank // 2), jnp.float32), q[0::2])
+    b = exact_product(q[1::2].T, jax.random.normal(right, (rank // 2, cols), jnp.float32))
     return a / 10, b / 10
 
 
@@ -128,7 +128,7 @@ def _olora(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     # Of the transpose's decomposition Q R the first columns of Q are those of its first columns
     # alone, and the first rows of R then follow: no need to decompose the whole.
     q, _ = jnp.linalg.qr(matrix[:rank].T)
-    r = jnp.triu(_product(q.T, matrix.T))
+    r = jnp.triu(exact_product(q.T, matrix.T))
     return r.T, q.T
 
 
@@ -141,11 +141,11 @@ def svd_lowrank(
     """
     wide = matrix.shape[0] <= matrix.shape[1]
     tall = matrix.T if wide else matrix
-    q = _basis(_product(tall, jax.random.normal(rng, (tall.shape[1], rank), jnp.float32)))
+    q = _basis(exact_product(tall, jax.random.normal(rng, (tall.shape[1], rank), jnp.float32)))
     for _ in range(iterations):
-        q = _basis(_product(tall, _basis(_product(tall.T, q))))
-    u, s, vh = jnp.linalg.svd(_product(q.T, tall), full_matrices=False)
-    u = _product(q, u)
+        q = _basis(exact_product(tall, _basis(exact_product(tall.T, q))))
+    u, s, vh = jnp.linalg.svd(exact_product(q.T, tall), full_matrices=False)
+    u = exact_product(q, u)
     return (vh.T, s, u.T) if wide else (u, s, vh)
 
 
@@ -153,8 +153,8 @@ def _basis(matrix: jax.Array) -> jax.Array:
     return jnp.linalg.qr(matrix)[0]
 
 
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    # An accelerator's default rounds to bfloat16 or TF32, which the residual would keep for good.
+def exact_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns a matrix product in float32: an accelerator's default rounds to bfloat16 or TF32."""
     return jnp.matmul(x, y, precision=Precision.HIGHEST)
 
 
@@ -194,9 +194,9 @@ def start_from_weights(
         key = jax.random.fold_in(rng, key_number(f"{adapter.key}/start"))
         box, leaf = leaves[group.key], unboxed(leaves[group.key])
         a, b, residual = _start(str(how), group, adapter, leaf, scalings[adapter.key], key)
-        own = dict(lora[adapter.key])
-        own["lora_a"], own["lora_b"] = in_place(own["lora_a"], a), in_place(own["lora_b"], b)
-        lora[adapter.key] = own
+        zeros = lora[adapter.key]
+        factors = {"lora_a": in_place(zeros["lora_a"], a), "lora_b": in_place(zeros["lora_b"], b)}
+        lora[adapter.key] = {**zeros, **factors}
         if adapter.residual:
             leaves[group.key] = in_place(box, residual)
     return {**adapters, LORA: lora}, leaves

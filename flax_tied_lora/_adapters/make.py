@@ -18,7 +18,7 @@ from flax_tied_lora._tree.boxes import boxed_like, names_along
 from flax_tied_lora._tree.keys import key_number, uncommitted
 from flax_tied_lora._tree.paths import is_tracer
 from flax_tied_lora._tree.quantized_array import array_of, is_quantized
-from flax_tied_lora._tree.sharding import parts
+from flax_tied_lora._tree.sharding import shard_count
 
 DTYPE = jnp.float32
 
@@ -54,32 +54,32 @@ def make_adapters(
         the order of targets never matters.
     """
     made: dict[_Kind, list[tuple[str, str]]] = {}
-    found: dict[tuple[str, str, str], Any] = {}
+    arrays: dict[tuple[str, str, str], Any] = {}
     for group, adapter in plan.adapters():
         leaf = leaves[group.key]
         for name, shape in group.shapes(adapter).items():
             sharding = _sharding(leaf, group.axes(adapter)[name], shape)
             where = adapter.kind, adapter.key, name
             if isinstance(array_of(leaf), jax.ShapeDtypeStruct):
-                found[where] = jax.ShapeDtypeStruct(shape, DTYPE, sharding=sharding)
+                arrays[where] = jax.ShapeDtypeStruct(shape, DTYPE, sharding=sharding)
             elif name in ("lora_a", "lora_b"):
                 kind = _Kind(shape, *_init(plan, group, adapter, name), sharding)
                 made.setdefault(kind, []).append((adapter.key, name))
             else:
-                found[where] = _from_leaf(group, adapter, leaf, sharding)
+                arrays[where] = _from_leaf(group, adapter, leaf, sharding)
     rng = uncommitted(rng) if made else rng
     for kind, places in made.items():
         numbers = np.array([key_number(f"{key}/{name}") for key, name in places], np.uint32)
         for (key, name), array in zip(places, _arrays(kind, rng, numbers), strict=True):
-            found[LORA, key, name] = array
+            arrays[LORA, key, name] = array
     adapters: dict[str, dict[str, Any]] = {LORA: {}}
     for group, adapter in plan.adapters():
-        arrays = {}
+        values = {}
         for name, axes in group.axes(adapter).items():
-            array = found[adapter.kind, adapter.key, name]
+            array = arrays[adapter.kind, adapter.key, name]
             box = boxes.get(group.key)
-            arrays[name] = array if box is None else boxed_like(box, axes, array)
-        adapters.setdefault(adapter.kind, {})[adapter.key] = arrays.get("", arrays)
+            values[name] = array if box is None else boxed_like(box, axes, array)
+        adapters.setdefault(adapter.kind, {})[adapter.key] = values.get("", values)
     return adapters
 
 
@@ -159,7 +159,7 @@ def _sharding(leaf: Any, axes: Sequence[Any], shape: Sequence[int]) -> Any:
     if not isinstance(sharding, jax.NamedSharding):
         return None
     names = [
-        None if a != RANK and n != leaf.shape[a] and n % parts(sharding.mesh, name) else name
+        None if a != RANK and n != leaf.shape[a] and n % shard_count(sharding.mesh, name) else name
         for a, n, name in zip(axes, shape, names_along(sharding.spec, axes), strict=True)
     ]
     return jax.NamedSharding(sharding.mesh, jax.P(*names), memory_kind=sharding.memory_kind)

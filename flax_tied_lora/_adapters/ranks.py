@@ -1,4 +1,4 @@
-"""Adapters of other ranks: plans, configs and factors; and what adapters must have in common."""
+"""Adapters of other ranks: their factors, their plan and their config."""
 
 from __future__ import annotations
 
@@ -9,25 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.fingerprint import differences, fingerprint
-from flax_tied_lora._adapters.terms import shapes_of
 from flax_tied_lora._config.config import LoraConfig
-from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
-from flax_tied_lora._tree.boxes import unboxed
-from flax_tied_lora._tree.paths import flatten, is_marker, is_tracer
-from flax_tied_lora._tree.quantized_array import array_of
-
-
-def reboxed(old: Any, array: Any) -> Any:
-    """Returns an array in the box of the factor that it comes in the place of."""
-    return old.replace_boxed(array) if hasattr(old, "replace_boxed") else array
-
-
-# Ranks
+from flax_tied_lora._planning.plan import LORA, AdapterPlan, Plan
+from flax_tied_lora._tree.boxes import boxed_as, unboxed
 
 
 def with_ranks(what: str, adapted: Adapted, ranks: Mapping[str, int]) -> Adapted:
@@ -53,10 +40,7 @@ def with_ranks(what: str, adapted: Adapted, ranks: Mapping[str, int]) -> Adapted
                 f"{what}: rank {rank} for {key!r} {list(group.shape)}, which has rank "
                 f"{group.rank_limit(adapter)} at most"
             )
-        own = dict(lora[key])
-        own["lora_a"] = filled(own["lora_a"], -1, rank)
-        own["lora_b"] = filled(own["lora_b"], -1 - len(group.cols), rank)
-        lora[key] = own
+        lora[key] = filled(lora[key], len(group.cols), rank)
         times = math.sqrt if plan.config.use_rslora else float
         alpha = plan.config.alpha_for(adapter.module)
         # The scaling stays as it is, so alpha grows with the rank.
@@ -79,11 +63,20 @@ def _of_rank(adapter: AdapterPlan, ranks: Mapping[str, int]) -> AdapterPlan:
     )
 
 
-def filled(factor: Any, axis: int, size: int) -> Any:
-    array = unboxed(factor)
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, size - array.shape[axis])
-    return reboxed(factor, jnp.pad(array, widths))
+def filled(factors: Mapping[str, Any], n_cols: int, rank: int) -> dict[str, Any]:
+    """Returns an adapter's factors filled up with zeros to a rank; stacked ones, too.
+
+    Args:
+      factors: ``lora_a`` [..., r] and ``lora_b`` [..., r, cols...]; others stay as they are.
+      n_cols: how many axes ``cols...`` are.
+    """
+    result = dict(factors)
+    for name, axis in (("lora_a", -1), ("lora_b", -1 - n_cols)):
+        array = unboxed(factors[name])
+        widths = [(0, 0)] * array.ndim
+        widths[axis] = (0, rank - array.shape[axis])
+        result[name] = boxed_as(factors[name], jnp.pad(array, widths))
+    return result
 
 
 def with_patterns(
@@ -124,93 +117,3 @@ def with_patterns(
         f"{what}: the leaves of {modules[0][0]!r} get different ranks, which no rank_pattern can "
         "say; combine adapters of the same leaves"
     )
-
-
-# What adapters must have in common
-
-
-def same_groups(what: str, first: Adapted, other: Adapted) -> None:
-    """Refuses adapters of other groups, kinds or call sites; ranks may differ.
-
-    Raises:
-      ValueError: they are.
-    """
-    one, two = ({a.key: _layout(g, a) for g, a in x.plan.adapters()} for x in (first, other))
-    odd = sorted(k for k in {*one, *two} if one.get(k) != two.get(k))
-    if odd:
-        raise ValueError(
-            f"{what}: the adapters are of different groups: {', '.join(map(repr, odd[:3]))} "
-            f"{'differ' if odd[0] in one and odd[0] in two else 'is in one of them only'}; wrap "
-            "them with the same targets"
-        )
-
-
-def _layout(group: GroupPlan, adapter: AdapterPlan) -> Any:
-    return layout_of(group), dataclasses.replace(adapter, rank=0, module="", targets=())
-
-
-def layout_of(group: GroupPlan) -> Any:
-    """Returns all that has to be equal for adapters of a group to be of one weight."""
-    return dataclasses.replace(group, found=(), adapters=())
-
-
-def same_base(what: str, first: Adapted, other: Adapted) -> None:
-    """Refuses adapters of another base.
-
-    The shape and a sample of every leaf are compared, where it is not the same array and can be
-    read.
-
-    Raises:
-      ValueError: the bases differ.
-    """
-    one, two = flatten(first.params)[0], flatten(other.params)[0]
-    for path in one if one.keys() == two.keys() else ():
-        if is_marker(one[path]) != is_marker(two[path]):
-            raise ValueError(
-                f"{what}: {path!r} is tied in one of the adapters' bases only; wrap them with the "
-                "same ties"
-            )
-    same = {p for p in one if p in two and one[p] is two[p]}
-    known = [{p: _readable(x) for p, x in tree.items() if p not in same} for tree in (one, two)]
-    lines = differences(*(fingerprint(tree, first.plan) for tree in known))
-    if lines:
-        raise ValueError(
-            f"{what}: the adapters are of different bases: {'; '.join(lines[:3])}; expected the "
-            "same params in all"
-        )
-
-
-def _readable(leaf: Any) -> Any:
-    traced = is_tracer(array_of(leaf))
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if traced else leaf
-
-
-def check_single(what: str, adapted: Adapted) -> None:
-    """Refuses stacked and abstract adapters.
-
-    Raises:
-      ValueError: they are.
-    """
-    for key, name, found, expected in shapes_of(adapted):
-        if len(found) != len(expected):
-            raise ValueError(
-                f"{what}: {name} of {key!r} is {list(found)}, expected {list(expected)}: take "
-                "stacked adapters one by one"
-            )
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(adapted.adapters)):
-        raise ValueError(f"{what}: the adapters are abstract (ShapeDtypeStruct); expected arrays")
-
-
-def refuse_residual(what: str, adapted: Adapted) -> None:
-    """Refuses factors that started from the weight: their base is not the params' any more.
-
-    Raises:
-      ValueError: there are some.
-    """
-    for group, adapter in adapted.plan.adapters(LORA):
-        if adapter.residual:
-            raise ValueError(
-                f"{what}: init_lora_weights={adapted.plan.config.init_lora_weights!r} took the "
-                f"first values of its factors out of {group.key!r}, so they are no delta of "
-                "the params; arithmetic.extract(params, merge(adapted), config) makes one of them"
-            )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, Adapters, Params
 
 
-def split(adapted: Adapted) -> tuple[Any, Adapted]:
+def split(adapted: Adapted[Params]) -> tuple[Adapters, Adapted[Params]]:
     """Returns the adapters, and all else: what a training step changes, and what it only reads.
 
     A compiled function writes all that it returns, an argument that it hands back too. So a step
@@ -44,7 +43,7 @@ def split(adapted: Adapted) -> tuple[Any, Adapted]:
     return adapted.adapters, dataclasses.replace(adapted, adapters=None)
 
 
-def combine(adapters: Any, frozen: Adapted) -> Adapted:
+def combine(adapters: Adapters, frozen: Adapted[Params]) -> Adapted[Params]:
     """Returns the `Adapted` that `split` took apart, with these adapters; nothing is copied.
 
     Args:

@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, check_adapted, check_slots, shapes_of
 from flax_tied_lora._adapters.common_plan import common_plan, fitted
-from flax_tied_lora._adapters.merge import check_adapted
-from flax_tied_lora._adapters.ranks import check_single, refuse_residual, same_base
-from flax_tied_lora._adapters.terms import shapes_of
+from flax_tied_lora._adapters.compatible import check_same_base, check_single, refuse_residual
 from flax_tied_lora._tree.boxes import is_box, with_slots
 from flax_tied_lora._tree.paths import describe, is_tracer
 
@@ -31,9 +29,10 @@ def adapter_axes(adapted: Adapted, axis: int | None = 0) -> Adapted:
       logits = jax.vmap(run, in_axes=(tied_lora.adapter_axes(stacked), 0))(stacked, tokens)
     """
     check_adapted("adapter_axes", adapted)
+    make: Any = Adapted  # Of axes, which stand for all that is below them.
     if adapted.slot is not None:
-        return Adapted(None, None, None, None, adapted.plan, axis)
-    return Adapted(None, axis, axis, None, adapted.plan)
+        return make(None, None, None, None, adapted.plan, axis)
+    return make(None, axis, axis, None, adapted.plan)
 
 
 def stack(
@@ -70,22 +69,22 @@ def stack(
         check_adapted("stack", each)
         check_single("stack", each)
     for other in adapteds[1:]:
-        same_base("stack", adapteds[0], other)
+        check_same_base("stack", adapteds[0], other)
     slots = len(adapteds) if capacity is None else _count("stack: capacity", capacity)
     if slots < len(adapteds):
         raise ValueError(f"stack: {len(adapteds)} adapters do not fit in capacity={slots}")
     rank = None if rank is None else _count("stack: rank", rank)
     plan = common_plan("stack", [a.plan for a in adapteds], rank)
-    parts = [fitted("stack", a, plan) for a in adapteds]
-    if slots > len(parts):
+    contents = [fitted("stack", a, plan) for a in adapteds]
+    if slots > len(contents):
         refuse_residual("stack", adapteds[0])
-        parts += [fitted("stack", None, plan, adapteds[0].params)] * (slots - len(parts))
+        contents += [fitted("stack", None, plan, adapteds[0].params)] * (slots - len(contents))
 
     def stacked(*arrays: Any) -> Any:
         kind = functools.reduce(np.promote_types, (x.dtype for x in arrays))
         return jnp.stack([jnp.asarray(x, kind) for x in arrays])
 
-    adapters, scaling = jax.tree.map(with_slots, jax.tree.map(stacked, *parts), is_leaf=is_box)
+    adapters, scaling = jax.tree.map(with_slots, jax.tree.map(stacked, *contents), is_leaf=is_box)
     return dataclasses.replace(adapteds[0], adapters=adapters, scaling=scaling, plan=plan)
 
 
@@ -115,11 +114,11 @@ def put(stacked: Adapted, slot: Any, adapted: Adapted | None) -> Adapted:
     else:
         check_adapted("put", adapted)
         check_single("put", adapted)
-        same_base("put", stacked, adapted)
+        check_same_base("put", stacked, adapted)
     new = fitted("put", adapted, stacked.plan, stacked.params)
     new, old = jax.tree.map(with_slots, new, is_leaf=is_box), (stacked.adapters, stacked.scaling)
-    # Each for itself: in one program with arrays of a mesh of several processes, scalings would be
-    # spread over it, and those are every process's own.
+    # In two programs: in one with arrays of a mesh of several processes scalings would be spread
+    # over it, and each process keeps its own.
     adapters, scaling = (_placed(_written(o, n, slot), o) for o, n in zip(old, new, strict=True))
     return dataclasses.replace(stacked, adapters=adapters, scaling=scaling)
 
@@ -152,16 +151,8 @@ def slots_of(what: str, stacked: Adapted) -> int:
     Raises:
       ValueError: they are not stacked.
     """
-    count = None
-    for key, name, found, expected in shapes_of(stacked):
-        if len(found) != len(expected) + 1:
-            raise ValueError(
-                f"{what}: {name} of {key!r} is {list(found)}, expected {['slots', *expected]}; "
-                "stack the adapters first: tied_lora.stack([...])"
-            )
-        count = found[0]
-    assert count is not None
-    return count
+    check_slots(what, stacked, "stack the adapters first: tied_lora.stack([...])", stacked=True)
+    return next(shape[0] for _, _, shape, _ in shapes_of(stacked))
 
 
 def _count(what: str, value: Any) -> int:
@@ -195,7 +186,7 @@ def _written(old: Any, new: Any, slot: jax.Array) -> Any:
 
 
 def _placed(new: Any, old: Any) -> Any:
-    """Returns arrays where others are: what is placed otherwise would compile anew."""
+    """Returns arrays placed as others are, so that nothing is compiled again for them."""
 
     def place(array: Any, like: Any) -> Any:
         if is_tracer(array) or is_tracer(like) or array.sharding == like.sharding:

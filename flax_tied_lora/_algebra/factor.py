@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -48,7 +48,7 @@ def pytree(*static: str, dropped: Sequence[str] = ()) -> Callable[[_Cls], _Cls]:
 
 
 def accumulator(*dtypes: Any) -> Any:
-    """Returns float32, or what is wider: where arrays of these dtypes are added up."""
+    """Returns float32, or what is wider: the dtype in which sums of such arrays are formed."""
     # Not `jnp.promote_types`: strict promotion refuses bfloat16 beside float32.
     return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
@@ -58,8 +58,8 @@ def operation_dtype(data: Any, weight: Any) -> Any:
     return np.promote_types(data, weight) if np.dtype(data).name in FLOATS else np.dtype(weight)
 
 
-class MixedAxesError(Exception):
-    """Rows and columns would end up in one axis: the factors cannot follow."""
+class NotServedError(Exception):
+    """A rule's no: the parts of a weight cannot follow an operation, so it is materialised."""
 
 
 @pytree("axes")
@@ -88,6 +88,15 @@ class Factor:
             return self
         return Factor(lax.transpose(self.array, [self.axes.index(a) for a in axes]), axes)
 
+    def in_order(self) -> bool:
+        """Returns whether its axes are in the order of the weight's."""
+        return self.axes == tuple(range(len(self.axes)))
+
+    def is_array(self, ndim: int) -> bool:
+        """Returns whether it has all axes of the weight, and its entries: no integers for them."""
+        every = {*self.axes} == {*range(ndim)}
+        return every and jnp.issubdtype(self.array.dtype, jnp.floating)
+
     def spread(self, order: Sequence[Axis], shape: Sequence[int]) -> Array:
         """Returns the array with all axes of ``order``, repeated along those it lacks."""
         ordered = self.ordered(order)
@@ -96,6 +105,26 @@ class Factor:
         dims = [i for i, a in enumerate(order) if a in ordered.axes]
         return lax.broadcast_in_dim(ordered.array, tuple(shape), dims)
 
+    def padded(self, margins: Mapping[int, Sequence[int]]) -> Factor:
+        """Returns the factor of the weight padded with zeros.
+
+        Args:
+          margins: for each axis that is padded low, high and interior, as `lax.pad` has them.
+        """
+        config: list[Any] = [tuple(map(int, margins.get(a, (0, 0, 0)))) for a in self.axes]
+        if not any(map(any, config)):
+            return self
+        zero = jnp.zeros((), self.array.dtype)
+        return Factor(lax.pad(self.array, zero, config), self.axes)
+
+    def at(self, axis: int, index: int) -> Factor:
+        """Returns the factor of the weight at an index of an axis, without that axis."""
+        array, axes = self.array, self.axes
+        if axis in axes:
+            array = lax.index_in_dim(array, index, axes.index(axis), keepdims=False)
+            axes = tuple(a for a in axes if a != axis)
+        return Factor(array, axes).relabel(lambda a: a - (a > axis))
+
     def times(self, scale: Factor) -> Factor:
         """Returns the product with a factor over some of this one's axes."""
         shape, dtype = self.array.shape, self.array.dtype
@@ -103,6 +132,11 @@ class Factor:
         other = placed_as(scale.astype(wide).spread(self.axes, shape), self.array)
         product = self.array.astype(wide) * other
         return Factor(product.astype(dtype), self.axes)
+
+
+def sum_of(arrays: Sequence[Array]) -> Array:
+    """Returns the sum of arrays of one shape: nothing is broadcast."""
+    return functools.reduce(lax.add, arrays)
 
 
 def take(array: Array, ids: Array, axis: int) -> Array:
@@ -115,23 +149,9 @@ def take(array: Array, ids: Array, axis: int) -> Array:
     return array.at[where].get(out_sharding=jax.NamedSharding(sharding.mesh, jax.P(*spec)))
 
 
-@dataclasses.dataclass
-class Cost:
-    """What serving a call site symbolically costs beyond the unadapted operation."""
-
-    flops: int = 0
-    bytes: int = 0
-
-    def add_product(self, out: Factor, lhs: Factor, rhs: Factor, accumulate: Any) -> None:
-        """Adds a product's FLOPs, and the bytes of its result before it is cast."""
-        summed = [a for a in lhs.axes if a in rhs.axes and a not in out.axes]
-        self.flops += 2 * out.array.size * math.prod(lhs.size(a) for a in summed)
-        self.bytes += out.array.size * np.dtype(accumulate).itemsize
-
-
 def contract(
-    lhs: Factor, rhs: Factor, keep: Iterable[Axis], *, accumulate: Any, cost: Cost | None = None,
-    precision: Any = None, out_sharding: Any = None,
+    lhs: Factor, rhs: Factor, keep: Iterable[Axis], *,
+    accumulate: Any, precision: Any = None, out_sharding: Any = None,
 ) -> Factor:  # fmt: skip
     """Returns the product of two labelled arrays, summed over shared axes that are not in ``keep``.
 
@@ -139,10 +159,9 @@ def contract(
     then the right one's.
 
     Args:
-      accumulate: dtype that the products are added up in, and of the result.
+      accumulate: dtype of the sums of products, and of the result.
       precision: as `lax.dot_general` has it.
       out_sharding: of the result; derived from the operands where the mesh has Explicit axes.
-      cost: what the product costs is added to it, if there is one.
     """
     kept = set(keep)
     axes = product_axes(lhs.axes, rhs.axes, kept)
@@ -156,10 +175,7 @@ def contract(
         lhs.array, rhs.array, (where(summed), where(batch)), precision, accumulate,
         out_sharding=out_sharding or _explicit_sharding(axes, lhs, rhs),
     )  # fmt: skip
-    out = Factor(array, axes)
-    if cost is not None:
-        cost.add_product(out, lhs, rhs, array.dtype)
-    return out
+    return Factor(array, axes)
 
 
 def product_axes(
@@ -195,12 +211,12 @@ def _explicit_sharding(axes: Sequence[Axis], *factors: Factor) -> Any:
 def times_chain(x: Factor, first: Factor, second: Factor, keep: Sequence[Axis]) -> bool:
     """Returns whether ``(x . first) . second`` costs no more than ``(x . second) . first``."""
 
-    def flops(near: Factor, far: Factor) -> int:
-        sizes = {a: n for f in (x, near, far) for a, n in zip(f.axes, f.array.shape, strict=True)}
-        inner = {*x.axes, *near.axes}
-        left = {a for a in inner if a in keep or a in far.axes or a == RANK}
+    def flops(one: Factor, other: Factor) -> int:
+        sizes = {a: n for f in (x, one, other) for a, n in zip(f.axes, f.array.shape, strict=True)}
+        inner = {*x.axes, *one.axes}
+        left = {a for a in inner if a in keep or a in other.axes or a == RANK}
         return math.prod(sizes[a] for a in inner) + math.prod(
-            sizes[a] for a in left | set(far.axes)
+            sizes[a] for a in left | set(other.axes)
         )
 
     return flops(first, second) <= flops(second, first)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import RANK, Axis, Factor, MixedAxesError, pytree, take
+from flax_tied_lora._algebra.factor import RANK, Axis, Factor, NotServedError, pytree, take
 from flax_tied_lora._algebra.site_filter import SiteFilter
-from flax_tied_lora._algebra.weight import Dense, Term
+from flax_tied_lora._algebra.term import Dense, Term
 from flax_tied_lora._tree.quantized_array import (
     FOUR_BITS,
     QuantizedArray,
@@ -37,7 +37,7 @@ def frozen(leaf: Any, sites: SiteFilter | None = None) -> Dense | Quantized:
     """Returns the term of a frozen leaf, quantised or not."""
     if is_quantized(leaf):
         return Quantized.of(leaf, sites)
-    return Dense(jnp.asarray(leaf), sites=sites)
+    return Dense.of(jnp.asarray(leaf), sites=sites)
 
 
 @pytree("axis", "qtype", "sites")
@@ -72,9 +72,7 @@ class Quantized(Term):
         """Returns shape, dtype and sharding of the array that it stands for."""
         return jax.eval_shape(lambda term: term.dense(shape, dtype), self)
 
-    def rearrange(
-        self, run: Callable[[Array], Array], move: Callable[[Factor], Factor]
-    ) -> Quantized:
+    def rearrange(self, move: Callable[[Factor], Factor]) -> Quantized:
         axis, marks = self._followed(move)
 
         def passive(factor: Factor) -> Factor:
@@ -83,7 +81,7 @@ class Quantized(Term):
                 return move(factor)
             moved = move(factor.relabel(lambda a: RANK if a == self.axis else a))
             if axis in moved.axes:
-                raise MixedAxesError  # walked in step with what was picked
+                raise NotServedError  # walked in step with what was picked
             return Factor(moved.array, tuple(axis if a == RANK else a for a in moved.axes))
 
         return dataclasses.replace(self.each(passive), axis=axis)
@@ -92,7 +90,7 @@ class Quantized(Term):
         """Returns where an operation puts the axis of the blocks; whether it moves marks, no array.
 
         Raises:
-          MixedAxesError: it takes blocks apart.
+          NotServedError: it takes blocks apart.
         """
         size, moved = self.size(self.axis), []
 
@@ -104,14 +102,14 @@ class Quantized(Term):
         (axes,) = [m.axes for m in moved]
         done = {eqn.primitive.name for eqn in made.jaxpr.eqns}
         if len(axes) != 1 or made.out_avals[0].shape != (size,) or not done <= _HARMLESS:
-            raise MixedAxesError
+            raise NotServedError
         return axes[0], not isinstance(moved[0].array, Array)
 
     def dense(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        whole = self.added_up(dtype).spread(range(len(shape)), shape)
+        whole = self.dequantised(dtype).spread(range(len(shape)), shape)
         return lax.convert_element_type(whole, dtype)
 
-    def added_up(self, dtype: Any) -> Factor:
+    def dequantised(self, dtype: Any) -> Factor:
         """Returns the dequantised weight over the axes that it has, as it is in a dtype."""
         axes = self.values.axes
         scales = self.scales.ordered(axes)
@@ -125,7 +123,7 @@ class Quantized(Term):
     def times(self, scale: Factor) -> Quantized:
         if set(scale.axes) <= set(self.scales.axes) - {self.axis}:
             return dataclasses.replace(self, scales=self.scales.times(scale))
-        raise MixedAxesError
+        raise NotServedError
 
     def each(self, change: Callable[[Factor], Factor]) -> Quantized:
         """Returns the term with each of its factors changed."""

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import Axis, Cost, Factor, MixedAxesError, contract
+from flax_tied_lora._algebra.factor import Axis, Factor, NotServedError, contract
+from flax_tied_lora._algebra.for_cpu import waited_for
+from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._algebra.quantized import Quantized
 from flax_tied_lora._tree.sharding import automatic, explicit
 
@@ -23,71 +25,63 @@ CHUNK, CHUNKS = 2**19, 64
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
-    """What a product is beside its operands: labels, dtypes and precision; hashable."""
+class _Placed:
+    """A product, the dtype of the weight in it, and where result and data are; hashable.
 
-    names: tuple[Axis, ...]
-    order: tuple[Axis, ...]
+    Attributes:
+      dtype: the weight's, in which it is multiplied.
+      out_sharding, data_sharding: on Explicit mesh axes, else None.
+    """
+
+    product: Product
     dtype: Any
-    accumulate: Any
-    precision: Any
-    out_sharding: Any = None  # of the result, and of the data: on Explicit mesh axes
-    data_sharding: Any = None
+    out_sharding: Any
+    data_sharding: Any
 
-    def turned(self) -> _Product:
+    def transposed(self) -> _Placed:
         """Returns the product that the gradient of the data is."""
-        return dataclasses.replace(
-            self, names=self.order, order=self.names, out_sharding=self.data_sharding,
-            data_sharding=self.out_sharding,
-        )  # fmt: skip
+        return _Placed(self.product.transposed(), self.dtype, self.data_sharding, self.out_sharding)
 
 
 def product(
-    term: Quantized, data: Array, names: Sequence[Axis], order: Sequence[Axis], *,
-    dtype: Any, accumulate: Any, precision: Any = None, out_sharding: Any = None,
-) -> Array:  # fmt: skip
+    term: Quantized, data: Array, product: Product, dtype: Any, out_sharding: Any = None
+) -> Array:
     """Returns the product of data with a quantised weight, of which a chunk at a time is made.
 
     In reverse mode the weight is dequantised once more, so that no floating-point copy of it is
-    kept; it has no gradient of its own.
+    kept; it has no gradient.
 
     Args:
-      names: a label for each axis of the data: the weight axis that it is paired with, or its own.
-      order: the labels of the result's axes.
       dtype: the weight's, in which it is multiplied.
       out_sharding: of the result on Explicit mesh axes, else None.
 
     Raises:
-      MixedAxesError: the weight does not vary along one of its axes.
+      NotServedError: the weight does not vary along one of its axes.
     """
-    if set(order) - {*names, *term.values.axes}:
-        raise MixedAxesError
-    lone = tuple(i for i, n in enumerate(names) if n not in (*term.values.axes, *order))
-    if lone:
-        raise MixedAxesError
-    what = _Product(
-        tuple(names), tuple(order), dtype, accumulate, precision, out_sharding,
-        explicit(jax.typeof(data)),
-    )  # fmt: skip
-    return _product(what, data, jax.tree.map(lax.stop_gradient, term))
+    known = {*product.data, *term.values.axes}
+    if {*product.order} - known or product.contracting - {*term.values.axes}:
+        raise NotServedError
+    placed = _Placed(product, dtype, out_sharding, explicit(jax.typeof(data)))
+    return _product(placed, data, jax.tree.map(lax.stop_gradient, term))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(what: _Product, data: Array, term: Quantized) -> Array:
-    if what.out_sharding is None:
-        return _whole(what, data, term)
+def _product(placed: _Placed, data: Array, term: Quantized) -> Array:
+    whole = functools.partial(_whole, placed.product, placed.dtype)
+    if placed.out_sharding is None:
+        return whole(data, term)
     # Chunks are cut along axes that may be sharded.
-    return automatic(functools.partial(_whole, what), what.out_sharding)(data, term)
+    return automatic(whole, placed.out_sharding)(data, term)
 
 
-def _whole(what: _Product, data: Array, term: Quantized) -> Array:
-    x = Factor(data, what.names)
-    sizes = {a: x.size(a) if a in x.axes else term.size(a) for a in what.order}
+def _whole(product: Product, dtype: Any, data: Array, term: Quantized) -> Array:
+    x = Factor(data, product.data)
+    sizes = [x.size(a) if a in x.axes else term.size(a) for a in product.order]
 
     def part(piece: Quantized, cut: Callable[[Factor], Factor]) -> Array:
-        return _piece(what, cut(x), piece)
+        return _piece(product, dtype, cut(x), piece)
 
-    return _by_chunks(term, part, what.order, [sizes[a] for a in what.order], what.accumulate)
+    return _by_chunks(term, part, product.order, sizes, product.accumulate)
 
 
 def _by_chunks(
@@ -115,10 +109,10 @@ def _by_chunks(
             def cut(factor: Factor) -> Factor:
                 return _cut(factor, axis, at, size)
 
-            found = part(term.each(cut), cut)
+            made = part(term.each(cut), cut)
             if axis not in order:
-                return out + found, None
-            return lax.dynamic_update_slice_in_dim(out, found, at, list(order).index(axis)), None
+                return out + made, None
+            return lax.dynamic_update_slice_in_dim(out, made, at, list(order).index(axis)), None
 
         out, _ = lax.scan(step, out, jnp.arange(count))
     return out
@@ -144,27 +138,22 @@ def _pieces(term: Quantized) -> tuple[Axis, list[tuple[int, int, int]]] | None:
 def _cut(factor: Factor, axis: Axis, start: Any, size: int) -> Factor:
     if axis not in factor.axes:
         return factor
-    own = factor.axes.index(axis)
-    return Factor(lax.dynamic_slice_in_dim(factor.array, start, size, own), factor.axes)
+    array = lax.dynamic_slice_in_dim(factor.array, start, size, factor.axes.index(axis))
+    return Factor(array, factor.axes)
 
 
 @jax.custom_batching.custom_vmap
 def _after(data: Array, values: Array) -> Array:
-    """Returns integers that are not there before the data is.
+    """Returns integers that are not made before the data is.
 
     Else XLA would dequantise all matrices of a model ahead of time, and once for both passes, so
-    that they are all there at the same time.
+    that all of them are in memory at the same time.
     """
-
-    def wait(data: Array, values: Array) -> Array:
-        # XLA for the CPU drops barriers too early. This is 0, whatever the first entry is.
-        first = lax.slice(data, [0] * data.ndim, [1] * data.ndim).reshape(())
-        return values + lax.convert_element_type((first != first) & (first == first), values.dtype)
 
     def barrier(data: Array, values: Array) -> Array:
         return lax.optimization_barrier((data, values))[1]
 
-    return lax.platform_dependent(data, values, cpu=wait, default=barrier)
+    return lax.platform_dependent(data, values, cpu=waited_for, default=barrier)
 
 
 @_after.def_vmap
@@ -175,25 +164,25 @@ def _(size: int, batched: Sequence[bool], data: Array, values: Array) -> tuple[A
     return jax.vmap(_after.__wrapped__, [0 if b else None for b in batched])(data, values), True
 
 
-def _piece(what: _Product, x: Factor, term: Quantized) -> Array:
+def _piece(product: Product, dtype: Any, x: Factor, term: Quantized) -> Array:
     if x.array.size:
         values = _after(x.array, term.values.array)
         term = dataclasses.replace(term, values=Factor(values, term.values.axes))
-    weight = term.added_up(what.dtype).astype(x.array.dtype)
-    options: dict[str, Any] = {
-        "accumulate": what.accumulate, "precision": what.precision, "cost": Cost()
-    }  # fmt: skip
-    return contract(x, weight, what.order, **options).ordered(what.order).array
+    weight = term.dequantised(dtype).astype(x.array.dtype)
+    out = contract(
+        x, weight, product.order, accumulate=product.accumulate, precision=product.precision
+    )
+    return out.ordered(product.order).array
 
 
-def _forward(what: _Product, data: Array, term: Quantized) -> Any:
-    return _product(what, data, term), (term, jnp.zeros((), data.dtype))
+def _forward(placed: _Placed, data: Array, term: Quantized) -> Any:
+    return _product(placed, data, term), (term, jnp.zeros((), data.dtype))
 
 
-def _backward(what: _Product, kept: Any, gradient: Array) -> Any:
+def _backward(placed: _Placed, kept: Any, gradient: Array) -> Any:
     term, like = kept
-    turned = what.turned()
-    out: Any = _product(turned, lax.convert_element_type(gradient, like.dtype), term)
+    gradient = lax.convert_element_type(gradient, like.dtype)
+    out: Any = _product(placed.transposed(), gradient, term)
     none = jax.tree.map(_no_gradient, term)
     return lax.convert_element_type(out, like.dtype), none
 
@@ -211,9 +200,9 @@ def squares(term: Quantized, keep: Sequence[Axis], accumulate: Any) -> Array:
     """Returns the sum of the weight's squares over all axes but ``keep``, in that order."""
 
     def part(piece: Quantized, cut: Any) -> Array:
-        own = piece.added_up(accumulate)
-        gone = [i for i, a in enumerate(own.axes) if a not in keep]
-        left = tuple(a for a in own.axes if a in keep)
-        return Factor(jnp.sum(jnp.square(own.array), axis=gone), left).ordered(keep).array
+        whole = piece.dequantised(accumulate)
+        summed = [i for i, a in enumerate(whole.axes) if a not in keep]
+        left = tuple(a for a in whole.axes if a in keep)
+        return Factor(jnp.sum(jnp.square(whole.array), axis=summed), left).ordered(keep).array
 
     return _by_chunks(term, part, keep, [term.size(a) for a in keep], accumulate)

@@ -17,17 +17,17 @@ from jax import Array, lax
 from flax_tied_lora._algebra.factor import (
     RANK,
     Axis,
-    Cost,
     Factor,
-    MixedAxesError,
+    NotServedError,
     accumulator,
     contract,
     pytree,
     take,
 )
+from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._algebra.quantized import rows as quantized_rows
 from flax_tied_lora._algebra.site_filter import SiteFilter
-from flax_tied_lora._algebra.weight import Term
+from flax_tied_lora._algebra.term import Term
 from flax_tied_lora._tree.quantized_array import is_quantized
 from flax_tied_lora._tree.sharding import automatic, explicit
 
@@ -76,48 +76,48 @@ class Rows(Term):
         slots = slots.at[ids].set(jnp.arange(1, len(tokens) + 1, dtype=jnp.int32))
         return cls(Factor(slots, (axis,)), Factor(values, (RANK, *cols)), group, sites)
 
-    def rearrange(self, run: Callable[[Array], Array], move: Callable[[Factor], Factor]) -> Rows:
+    def rearrange(self, move: Callable[[Factor], Factor]) -> Rows:
         return dataclasses.replace(self, slots=move(self.slots), values=move(self.values))
 
     def repeated(self) -> Rows:
         return dataclasses.replace(self, unique=False)
 
     def dense(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        out = self.added_up().spread(range(len(shape)), shape)
+        out = self.delta().spread(range(len(shape)), shape)
         return lax.convert_element_type(out, dtype)
 
-    def added_up(self) -> Factor:
+    def delta(self) -> Factor:
         """Returns the delta, over the axes along which it varies."""
         slots, values = self.slots, self.values
         order = [*slots.axes, *(a for a in values.axes if a != RANK and a not in slots.axes)]
         if set(slots.axes) & set(values.axes):  # rows and columns picked together
             sizes = [values.size(a) if a in values.axes else 1 for a in order]
-            own = values.spread([*order, RANK], [*sizes, values.size(RANK)])
+            each = values.spread([*order, RANK], [*sizes, values.size(RANK)])
             where = lax.expand_dims(slots.array, range(slots.array.ndim, len(order) + 1))
-            picked = jnp.take_along_axis(own, jnp.maximum(where - 1, 0), axis=-1)[..., 0]
+            picked = jnp.take_along_axis(each, jnp.maximum(where - 1, 0), axis=-1)[..., 0]
         else:
-            own = values.ordered([RANK, *order])
-            picked = jnp.take(own.array, jnp.maximum(slots.array - 1, 0), axis=0)
-        there = lax.expand_dims(slots.array > 0, range(slots.array.ndim, picked.ndim))
-        return Factor(jnp.where(there, picked, 0), tuple(order))
+            by_slot = values.ordered([RANK, *order]).array
+            picked = jnp.take(by_slot, jnp.maximum(slots.array - 1, 0), axis=0)
+        replaced = lax.expand_dims(slots.array > 0, range(slots.array.ndim, picked.ndim))
+        return Factor(jnp.where(replaced, picked, 0), tuple(order))
 
     def times(self, scale: Factor) -> Rows:
         if set(scale.axes) <= set(self.values.axes):
             return dataclasses.replace(self, values=self.values.times(scale))
         if scale.axes == self.slots.axes and len(scale.axes) == 1 and self.unique:
             wide = accumulator(scale.array.dtype)
-            own = jnp.take(scale.array.astype(wide), self.positions(), mode="fill", fill_value=0)
-            return dataclasses.replace(self, values=self.values.times(Factor(own, (RANK,))))
-        raise MixedAxesError
+            each = jnp.take(scale.array.astype(wide), self.positions(), mode="fill", fill_value=0)
+            return dataclasses.replace(self, values=self.values.times(Factor(each, (RANK,))))
+        raise NotServedError
 
     def positions(self) -> Array:
         """Returns for each slot where its row is now; past the end where it is gone.
 
         Raises:
-          MixedAxesError: rows are spread over several axes, or may be there more than once.
+          NotServedError: rows are spread over several axes, or may be in several places.
         """
         if len(self.slots.axes) != 1 or not self.unique:
-            raise MixedAxesError
+            raise NotServedError
         slots, count = self.slots.array, self.values.size(RANK)
         past = jnp.full((count,), slots.shape[0], jnp.int32)
         target = jnp.where(slots > 0, slots - 1, count)
@@ -125,39 +125,38 @@ class Rows(Term):
 
 
 def product(
-    term: Rows, data: Array, names: Sequence[Axis], order: Sequence[Axis], shape: tuple[int, ...],
-    cost: Cost, *, accumulate: Any, precision: Any,
-) -> Callable[[Array], Array]:  # fmt: skip
+    term: Rows, data: Array, product: Product, shape: tuple[int, ...]
+) -> Callable[[Array], Array]:
     """Returns a function that adds the product of data with replaced rows to a result.
 
     Where the rows are summed over, only theirs of the data are picked; where they are kept, only
     their entries of the result are added to. What is left where one row is picked is a vector.
 
     Args:
-      names: a label for each axis of the data: the weight axis that it is paired with, or its own.
-      order: the labels of the result's axes; shape: their sizes.
+      shape: of the result.
 
     Raises:
-      MixedAxesError: the rows cannot follow.
+      NotServedError: the rows cannot follow.
     """
-    options: dict[str, Any] = {"accumulate": accumulate, "precision": precision, "cost": cost}
-    if any(n not in (*term.values.axes, *term.slots.axes, *order) for n in names):
-        raise MixedAxesError  # summed over an axis along which the rows do not vary
-    factor, values = Factor(data, tuple(names)), term.values.astype(data.dtype)
+    options: dict[str, Any] = {"accumulate": product.accumulate, "precision": product.precision}
+    order = product.order
+    if product.contracting - {*term.values.axes, *term.slots.axes}:
+        raise NotServedError  # summed over an axis along which the rows do not vary
+    factor, values = Factor(data, product.data), term.values.astype(data.dtype)
     if not term.slots.axes:
-        part = contract(factor, term.added_up().astype(data.dtype), order, **options)
+        part = contract(factor, term.delta().astype(data.dtype), order, **options)
         return lambda out: out + part.spread(order, shape).astype(out.dtype)
     (axis,) = term.slots.axes if len(term.slots.axes) == 1 else (None,)
-    if axis is None or axis in values.axes or (axis in names) == (axis in order):
-        raise MixedAxesError
-    if axis in names:
+    if axis is None or axis in values.axes or (axis in product.data) == (axis in order):
+        raise NotServedError
+    if axis in product.data:
         part = contract(_of_slots(term, factor, axis), values, order, **options)
         return lambda out: out + part.spread(order, shape).astype(out.dtype)
     hidden = contract(factor, values, (*order, RANK), **options)
     within = [RANK if n == axis else n for n in order]
     sizes = [values.size(RANK) if n == axis else k for n, k in zip(order, shape, strict=True)]
     entries = hidden.spread(within, sizes)
-    before = [slice(None)] * list(order).index(axis)
+    before = [slice(None)] * order.index(axis)
 
     def added(out: Array, entries: Array, positions: Array) -> Array:
         return out.at[(*before, positions)].add(entries.astype(out.dtype), mode="drop")
@@ -172,7 +171,7 @@ def product(
 
 def _of_slots(term: Rows, data: Factor, axis: Axis) -> Factor:
     """Returns of data what each slot's row is multiplied with."""
-    own = jnp.take(
+    picked = jnp.take(
         data.array, term.positions(), axis=data.axes.index(axis), mode="fill", fill_value=0
     )
-    return Factor(own, tuple(RANK if n == axis else n for n in data.axes))
+    return Factor(picked, tuple(RANK if n == axis else n for n in data.axes))

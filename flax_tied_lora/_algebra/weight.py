@@ -1,185 +1,26 @@
-"""The symbolic weight: a matrix kept as its parts while the model is traced, never added up.
+"""The symbolic weight: a matrix kept as its parts while the model is traced, never materialised.
 
-A `Weight` is an optional scale times a sum of terms. A `Term` is one part: `Dense`, a whole array,
-the frozen one or one that stands in for it; `LowRank`, a delta as its two factors; replaced rows
-(`rows.py`). A later kind of adapter is one more subclass of `Term`: it says how it is rearranged
-and how it is added up, and registers what it can do better than being added up with the rules
-(`_interpreter/rules/`).
+A `Weight` is an optional scale times a sum of terms (`term.py`).
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from flax_tied_lora._algebra.factor import (
-    Axis,
-    Cost,
     Factor,
-    MixedAxesError,
+    NotServedError,
     accumulator,
     contract,
     pytree,
+    sum_of,
 )
-from flax_tied_lora._algebra.site_filter import SiteFilter
-
-
-class Term(abc.ABC):
-    """One part of a symbolic weight.
-
-    Attributes:
-      whole: whether the term is an array of the weight's shape as it stands, so that adding it up
-        costs nothing and is nothing to report.
-      stored: whether the term is a frozen weight in another form than that of an array.
-      group: key of the adapter that the term belongs to; "" for what is frozen.
-      sites: the call sites that the term is for; None for all.
-    """
-
-    whole: ClassVar[bool] = False
-    stored: ClassVar[bool] = False
-    group: str = ""
-    sites: SiteFilter | None = None
-
-    @abc.abstractmethod
-    def rearrange(self, run: Callable[[Array], Array], move: Callable[[Factor], Factor]) -> Term:
-        """Returns the term after a rearranging operation.
-
-        Args:
-          run: the operation, on an array of the weight's shape.
-          move: the operation, on an array that has only some of the weight's axes.
-
-        Raises:
-          MixedAxesError: the parts cannot follow the operation.
-        """
-
-    @abc.abstractmethod
-    def dense(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Returns the term added up: an array of the weight's shape."""
-
-    @abc.abstractmethod
-    def times(self, scale: Factor) -> Term:
-        """Returns the term with a scale over some of the weight's axes multiplied in."""
-
-    def repeated(self) -> Term:
-        """Returns the term after an operation that may have put rows in several places."""
-        return self
-
-    def factor_axes(self) -> set[Axis]:
-        """Returns the axes that the term's factors have: those along which a delta varies."""
-        factors = (x for x in vars(self).values() if isinstance(x, Factor))
-        return {a for factor in factors for a in factor.axes}
-
-    def applies_to(self, role: str, scope: str) -> bool:
-        """Returns whether the term is there for a call site."""
-        return self.sites is None or self.sites(role, scope)
-
-    def renamed(self, names: Callable[[str], str]) -> Term:
-        """Returns the term under another name of its adapter, if it is one's."""
-        this: Any = self
-        return dataclasses.replace(this, group=names(self.group)) if self.group else self
-
-    def fold(self, data: Any) -> Term:
-        """Returns the term with its random key, if it has one, folded for a place or a step.
-
-        A vector of steps makes a key for each.
-        """
-        return self
-
-
-@pytree("group", "sites", dropped=["turned"])
-class Dense(Term):
-    """An array of the weight's shape. Operations on it are those of the unadapted model.
-
-    Attributes:
-      array: the array.
-      group: key of the adapter that it is a trainable copy of; "" for the frozen one.
-      sites: the call sites that it is for; None for all. Those of the frozen array and of its
-        copies never overlap.
-      turned: the matrix of which the array is the transpose, where that is known: as it is stored.
-    """
-
-    whole: ClassVar[bool] = True
-
-    array: Array
-    group: str = ""
-    sites: SiteFilter | None = None
-    turned: Array | None = None
-
-    def rearrange(self, run, move):
-        return dataclasses.replace(self, array=run(self.array), turned=None)
-
-    def dense(self, shape, dtype):
-        return lax.convert_element_type(self.array, dtype)
-
-    def times(self, scale):
-        axes = tuple(range(self.array.ndim))
-        array = Factor(self.array, axes).times(scale).array
-        return dataclasses.replace(self, array=array, turned=None)
-
-
-@pytree("group", "sites", "dropout")
-class LowRank(Term):
-    """A delta ``scaling * (a . b)``, the product being over the rank axis.
-
-    A weight axis that only ``a`` has is a row axis, one that only ``b`` has a column axis, one that
-    both have a batch axis (stacked layers, experts).
-
-    Attributes:
-      a, b: the factors.
-      scaling: scalar.
-      key: for dropout on what is multiplied with the weight; None for none.
-      group: key of the adapter that the factors are.
-      sites: the call sites that the term is for; None for all.
-      dropout: rate, in [0, 1).
-    """
-
-    a: Factor
-    b: Factor
-    scaling: Array
-    key: Array | None
-    group: str
-    sites: SiteFilter | None = None
-    dropout: float = 0.0
-
-    def rearrange(self, run, move):
-        return dataclasses.replace(self, a=move(self.a), b=move(self.b))
-
-    def product(
-        self, order: Sequence[Axis], shape: tuple[int, ...], dtype: Any, cost: Cost
-    ) -> Array:
-        """Returns the delta added up, its axes in the given order, products added up in float32."""
-        accumulate = accumulator(dtype)
-        a, b = self.a, self.b
-        out = contract(
-            a.astype(accumulate), b.astype(accumulate), order, accumulate=accumulate, cost=cost
-        )
-        return out.spread(order, shape) * lax.convert_element_type(self.scaling, accumulate)
-
-    def dense(self, shape, dtype):
-        return lax.convert_element_type(
-            self.product(range(len(shape)), shape, dtype, Cost()), dtype
-        )
-
-    def times(self, scale):
-        for field in ("a", "b"):
-            factor: Factor = getattr(self, field)
-            if set(scale.axes) <= set(factor.axes):
-                return dataclasses.replace(self, **{field: factor.times(scale)})
-        raise MixedAxesError
-
-    def fold(self, data):
-        if self.key is None:
-            return self
-        fold_in = (
-            jax.random.fold_in if jnp.ndim(data) == 0 else jax.vmap(jax.random.fold_in, (None, 0))
-        )
-        return dataclasses.replace(self, key=fold_in(self.key, data))
+from flax_tied_lora._algebra.term import Dense, LowRank, Term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +62,7 @@ class Weight:
     @classmethod
     def of(cls, dense: Array, deltas: Sequence[Term], origins: Sequence[Origin]) -> Weight:
         """Returns the weight that is a dense array plus deltas of its shape."""
-        terms = (Dense(dense), *deltas)
+        terms = (Dense.of(dense), *deltas)
         return cls(terms, None, tuple(dense.shape), dense.dtype, tuple(dict.fromkeys(origins)))
 
     def replace(self, **changes: Any) -> Weight:
@@ -233,35 +74,34 @@ class Weight:
         return any(isinstance(t, LowRank) and t.key is not None for t in self.terms)
 
     def parted(self) -> tuple[Array, tuple[Term, ...]]:
-        """Returns the dense terms added up, and the other terms. The scale must be folded.
+        """Returns the sum of the dense terms, and the other terms. The scale must be folded.
 
         What is for some call sites only stays among the others.
 
         Raises:
-          MixedAxesError: the frozen weight is no array, so that there is nothing to put deltas on.
+          NotServedError: the frozen weight is no array that deltas could stand beside.
         """
         if any(t.stored for t in self.terms):
-            raise MixedAxesError
+            raise NotServedError
         dense = [t.array for t in self.terms if isinstance(t, Dense) and t.sites is None]
         others = tuple(t for t in self.terms if not isinstance(t, Dense) or t.sites is not None)
-        return add(dense) if dense else jnp.zeros(self.shape, self.dtype), others
+        return sum_of(dense) if dense else jnp.zeros(self.shape, self.dtype), others
 
     def rearrange(
-        self, aval: Any, run: Callable[[Array], Array], move: Callable[[Factor], Factor],
-        axes: Sequence[Sequence[int]],
-    ) -> Weight:  # fmt: skip
+        self, aval: Any, move: Callable[[Factor], Factor], axes: Sequence[Sequence[int]]
+    ) -> Weight:
         """Returns the weight after an operation that only rearranges it.
 
         Args:
           aval: shape and dtype of the result.
-          run, move: as in `Term.rearrange`.
+          move: as in `Term.rearrange`.
           axes: for each axis of the result, the axes of this weight that it holds.
 
         Raises:
-          MixedAxesError: a term cannot follow.
+          NotServedError: a term cannot follow.
         """
         return Weight(
-            terms=tuple(term.rearrange(run, move) for term in self.terms),
+            terms=tuple(term.rearrange(move) for term in self.terms),
             scale=None if self.scale is None else move(self.scale),
             shape=tuple(aval.shape),
             dtype=aval.dtype,
@@ -281,16 +121,15 @@ class Weight:
         """Returns the weight times a scale over some of its axes."""
         if self.scale is None:
             return self.replace(scale=scale)
-        cost, keep = Cost(), range(len(self.shape))
         accumulate = accumulator(scale.array.dtype, self.scale.array.dtype)
         product = contract(
-            self.scale.astype(accumulate), scale.astype(accumulate), keep,
-            accumulate=accumulate, cost=cost,
+            self.scale.astype(accumulate), scale.astype(accumulate), range(len(self.shape)),
+            accumulate=accumulate,
         )  # fmt: skip
         return self.replace(scale=product)
 
     def at(self, role: str, scope: str) -> tuple[Term, ...]:
-        """Returns the terms that are there for a call site."""
+        """Returns the terms that are for a call site."""
         return tuple(t for t in self.terms if t.applies_to(role, scope))
 
     def fold(self, data: Any) -> Weight:
@@ -299,12 +138,12 @@ class Weight:
         return self.replace(terms=terms) if any(map(_differ, terms, self.terms)) else self
 
     def dense(self, terms: Sequence[Term] | None = None) -> Array:
-        """Returns the terms (default: all) added up, in float32 or wider, cast once at the end."""
+        """Returns the sum of terms (default: all), in float32 or wider, cast once at the end."""
         terms = self.terms if terms is None else terms
         if self.scale is None and len(terms) == 1 and isinstance(terms[0], Dense):
             return terms[0].dense(self.shape, self.dtype)
         accumulate = accumulator(self.dtype)
-        total = add([t.dense(self.shape, accumulate) for t in terms])
+        total = sum_of([t.dense(self.shape, accumulate) for t in terms])
         if self.scale is not None:
             total *= self.scale.astype(accumulate).spread(range(len(self.shape)), self.shape)
         return lax.convert_element_type(total, self.dtype)
@@ -312,10 +151,3 @@ class Weight:
 
 def _differ(a: Any, b: Any) -> bool:
     return a is not b
-
-
-def add(arrays: Sequence[Array]) -> Array:
-    total = arrays[0]
-    for array in arrays[1:]:
-        total = lax.add(total, array)  # no broadcasting: all terms are of one shape
-    return total

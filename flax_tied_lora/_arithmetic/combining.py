@@ -11,32 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.make import DTYPE
-from flax_tied_lora._adapters.merge import check_adapted
-from flax_tied_lora._adapters.ranks import (
+from flax_tied_lora._adapters.adapted import Adapted, check_adapted
+from flax_tied_lora._adapters.compatible import (
+    check_same_base,
     check_single,
     layout_of,
     refuse_residual,
-    same_base,
-    with_patterns,
 )
+from flax_tied_lora._adapters.make import DTYPE
+from flax_tied_lora._adapters.ranks import with_patterns
 from flax_tied_lora._arithmetic.lowrank import compressed, whole
-from flax_tied_lora._config.axes_and_parts import OWN_FIELDS
-from flax_tied_lora._config.checks import as_tuple
-from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._arithmetic.united_targets import united_targets
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
-from flax_tied_lora._planning.targets import ALL_LINEAR
 from flax_tied_lora._tree.boxes import in_place, unboxed
 from flax_tied_lora._tree.paths import flatten, is_tracer
 
 _HOW = ("linear", "cat", "svd")
-# The fields that say what is adapted. Of the targets a union can be made, of the others none.
-_WHERE = ("exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _Summand:
     """An adapter's share of a sum: its factors, and what they are multiplied with."""
 
     plan: AdapterPlan
@@ -78,16 +72,16 @@ def combine(
       both = arithmetic.combine([polite, legal], [0.7, 0.3], how="cat")
     """
     _check(adapteds, weights, how, rank)
-    first, parts = adapteds[0], _parts(adapteds, weights)
-    targets = _targets([a.plan.config for a in adapteds])
+    first, summands = adapteds[0], _summands(adapteds, weights)
+    targets = united_targets([a.plan.config for a in adapteds])
     joined, groups, lora = targets["target_modules"], [], {}
     regexes = {str(a.plan.config.target_modules): str(joined) for a in adapteds}
     for group in _groups(adapteds):
         plans = []
-        for key in [k for k in parts if k[0] == group.key]:
-            own = parts[key]
-            adapter = _planned(group, own, how, rank, regexes)
-            lora[adapter.key] = _factors(group, adapter, own, how)
+        for key in [k for k in summands if k[0] == group.key]:
+            summed = summands[key]
+            adapter = _planned(group, summed, how, rank, regexes)
+            lora[adapter.key] = _factors(group, adapter, summed, how)
             plans.append(adapter)
         groups.append(dataclasses.replace(group, adapters=tuple(plans)))
     factors = [a for g in groups for a in g.adapters]
@@ -130,7 +124,7 @@ def _check(adapteds: Any, weights: Any, how: Any, rank: Any) -> None:
         check_single("combine", adapted)
         _refuse_no_delta(adapted)
     for other in adapteds[1:]:
-        same_base("combine", adapteds[0], other)
+        check_same_base("combine", adapteds[0], other)
 
 
 def check_number(what: str, value: Any) -> None:
@@ -164,17 +158,17 @@ def _refuse_no_delta(adapted: Adapted) -> None:
     refuse_residual("combine", adapted)
 
 
-def _parts(
+def _summands(
     adapteds: Sequence[Adapted], weights: Sequence[Any]
-) -> dict[tuple[str, str], list[_Part]]:
-    """Returns what is added up for each adapter, by the keys of its group and its own."""
-    parts: dict[tuple[str, str], list[_Part]] = {}
+) -> dict[tuple[str, str], list[_Summand]]:
+    """Returns the summands of each adapter, by the key of its group and that of the adapter."""
+    summands: dict[tuple[str, str], list[_Summand]] = {}
     for adapted, weight in zip(adapteds, weights, strict=True):
         for group, adapter in adapted.plan.adapters(LORA):
             scale = jnp.asarray(weight, DTYPE) * jnp.asarray(adapted.scaling[adapter.key], DTYPE)
             pair = adapted.adapters[LORA][adapter.key]
-            parts.setdefault((group.key, adapter.key), []).append(_Part(adapter, pair, scale))
-    return parts
+            summands.setdefault((group.key, adapter.key), []).append(_Summand(adapter, pair, scale))
+    return summands
 
 
 def _groups(adapteds: Sequence[Adapted]) -> list[GroupPlan]:
@@ -204,12 +198,17 @@ def _described(group: GroupPlan) -> str:
 
 
 def _planned(
-    group: GroupPlan, parts: Sequence[_Part], how: str, rank: int | None, regexes: Mapping[str, str]
-) -> AdapterPlan:
-    """Returns the plan of the sum of parts; of targets that are a regex the union has another."""
-    first, ranks = parts[0].plan, [p.plan.rank for p in parts]
-    for part in parts[1:]:
-        if any(getattr(part.plan, f) != getattr(first, f) for f in ("members", "sites", "span")):
+    group: GroupPlan, summands: Sequence[_Summand], how: str, rank: int | None,
+    regexes: Mapping[str, str],
+) -> AdapterPlan:  # fmt: skip
+    """Returns the plan of a sum.
+
+    Args:
+      regexes: of targets that are a regex, the one that takes its place in the united config.
+    """
+    first, ranks = summands[0].plan, [p.plan.rank for p in summands]
+    for summand in summands[1:]:
+        if any(getattr(summand.plan, f) != getattr(first, f) for f in ("members", "sites", "span")):
             raise ValueError(
                 f"combine: {first.key!r} is for different call sites or parts in the adapters; "
                 "wrap them with the same targets, parts and ensure_weight_tying"
@@ -224,33 +223,33 @@ def _planned(
         raise ValueError(
             f"combine: rank={rank} for {first.key!r} {list(group.shape)}; expected 1 to {limit}"
         )
-    found = {"linear": ranks[0], "cat": min(sum(ranks), limit), "svd": rank or max(ranks)}[how]
-    named = tuple(dict.fromkeys(regexes.get(t, t) for p in parts for t in p.plan.targets))
-    return dataclasses.replace(first, rank=found, targets=named)
+    new = {"linear": ranks[0], "cat": min(sum(ranks), limit), "svd": rank or max(ranks)}[how]
+    named = tuple(dict.fromkeys(regexes.get(t, t) for p in summands for t in p.plan.targets))
+    return dataclasses.replace(first, rank=new, targets=named)
 
 
 def _factors(
-    group: GroupPlan, adapter: AdapterPlan, parts: Sequence[_Part], how: str
+    group: GroupPlan, adapter: AdapterPlan, summands: Sequence[_Summand], how: str
 ) -> dict[str, Any]:
-    """Returns the factors of the sum of parts, boxed as the first part's."""
+    """Returns the factors of a sum, boxed as the first summand's."""
     batch, rows, cols = (
         math.prod(group.shape_of(adapter)[i] for i in axes)
         for axes in (group.batch, group.rows, group.cols)
     )
-    a = [_array(p.pair["lora_a"]).reshape(batch, rows, p.plan.rank) for p in parts]
-    b = [_array(p.pair["lora_b"]).reshape(batch, p.plan.rank, cols) for p in parts]
+    a = [_array(p.pair["lora_a"]).reshape(batch, rows, p.plan.rank) for p in summands]
+    b = [_array(p.pair["lora_b"]).reshape(batch, p.plan.rank, cols) for p in summands]
     if how == "linear":
         # The sign goes to one side only: on both it would be lost.
-        roots = [jnp.sqrt(jnp.abs(p.weight)) for p in parts]
-        signs = [jnp.where(p.weight < 0, -1, 1).astype(DTYPE) for p in parts]
+        roots = [jnp.sqrt(jnp.abs(p.weight)) for p in summands]
+        signs = [jnp.where(p.weight < 0, -1, 1).astype(DTYPE) for p in summands]
         left = sum(s * r * x for s, r, x in zip(signs, roots, a, strict=True))
         right = sum(r * x for r, x in zip(roots, b, strict=True))
     else:
-        left = jnp.concatenate([p.weight * x for p, x in zip(parts, a, strict=True)], axis=-1)
+        left = jnp.concatenate([p.weight * x for p, x in zip(summands, a, strict=True)], axis=-1)
         right = jnp.concatenate(b, axis=-2)
         if left.shape[-1] != adapter.rank or how == "svd":
             left, right = compressed(whole(left), whole(right), adapter.rank)
-    shapes, first = group.shapes(adapter), parts[0].pair
+    shapes, first = group.shapes(adapter), summands[0].pair
     return {
         name: in_place(
             first[name], jnp.asarray(x).reshape(shapes[name]).astype(unboxed(first[name]).dtype)
@@ -261,43 +260,3 @@ def _factors(
 
 def _array(factor: Any) -> jax.Array:
     return jnp.asarray(unboxed(factor)).astype(DTYPE)
-
-
-def _union(field: str, mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for pattern, value in (item for m in mappings for item in m.items()):
-        if found.setdefault(pattern, value) != value:
-            raise ValueError(
-                f"combine: {field} of {pattern!r} is {found[pattern]} in one config and {value} in "
-                "another; wrap the adapters with the same"
-            )
-    return found
-
-
-def _targets(configs: Sequence[LoraConfig]) -> dict[str, Any]:
-    """Returns the fields by which a config targets what any of several does.
-
-    Raises:
-      ValueError: there is no such config.
-    """
-    targets = [c.target_modules for c in configs]
-    parameters = tuple(dict.fromkeys(p for c in configs for p in as_tuple(c.target_parameters)))
-    found = {"target_modules": targets[0], "target_parameters": parameters or None}
-    found |= {field: _union(field, [getattr(c, field) for c in configs]) for field in OWN_FIELDS}
-    fields = [*_WHERE, "target_modules"]
-    different = [f for f in fields if any(getattr(c, f) != getattr(configs[0], f) for c in configs)]
-    if not different:
-        return found
-    regexes = [isinstance(t, str) and t.lower() != ALL_LINEAR for t in targets]
-    if different == ["target_modules"] and all(regexes):
-        joined = "|".join(f"({t})" for t in dict.fromkeys(targets))
-        return found | {"target_modules": joined}
-    if different == ["target_modules"] and not any(isinstance(t, str) for t in targets):
-        union = dict.fromkeys(name for t in targets for name in as_tuple(t))
-        return found | {"target_modules": tuple(union) or None}
-    values = " and ".join(dict.fromkeys(repr(getattr(c, different[0])) for c in configs))
-    raise ValueError(
-        f"combine: the configs have different {different[0]}, {values}, and no config says what "
-        "any of them does; wrap the adapters with the same one (of target_modules, lists or "
-        "regexes may differ)"
-    )

@@ -19,8 +19,8 @@ from flax_tied_lora._config.checks import reads_weight
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
-from flax_tied_lora._ties.find import Member
-from flax_tied_lora._tree.boxes import in_place
+from flax_tied_lora._ties.groups import Member
+from flax_tied_lora._tree.boxes import in_place, is_box
 from flax_tied_lora._tree.keys import key_number
 from flax_tied_lora._tree.paths import describe, flatten, is_marker, is_tracer
 from flax_tied_lora._tree.quantized_array import plain_array
@@ -81,7 +81,7 @@ def extract(
     adapted = wrap(base_params, config, sites=sites, ties=ties)
     base, tuned = _leaves("base_params", base_params), _leaves("tuned_params", tuned_params)
     _check_leaves(base, tuned)
-    adapters = {kind: dict(own) for kind, own in adapted.adapters.items()}
+    adapters = {kind: dict(by_key) for kind, by_key in adapted.adapters.items()}
     left, errors, seen = {}, {}, set()
     for group in adapted.plan.groups:
         for adapter in group.adapters:
@@ -98,13 +98,13 @@ def extract(
         for members in {_covered(group, a): None for a in group.adapters or (None,)}:
             after = _one_array(group, members, tuned)
             seen |= {m.path for m in members} if group.adapters else set()
-            own = [a for a in group.adapters if _covered(group, a) == members]
-            if own:
-                found, error, rest = _fit(group, own, _float(base[group.key]), after, adapted)
-                for adapter in own:
+            fitting = [a for a in group.adapters if _covered(group, a) == members]
+            if fitting:
+                arrays, error, rest = _fit(group, fitting, _float(base[group.key]), after, adapted)
+                for adapter in fitting:
                     old = adapters[adapter.kind][adapter.key]
                     adapters[adapter.kind][adapter.key] = jax.tree.map(
-                        in_place, old, found[adapter.kind], is_leaf=_is_box
+                        in_place, old, arrays[adapter.kind], is_leaf=is_box
                     )
                     errors[adapter.key] = error
                 if rest is not None:
@@ -113,10 +113,6 @@ def extract(
     _warn_of(jax.device_get(left | changes))
     errors = {key: math.sqrt(x) for key, x in jax.device_get(errors).items()}
     return Extraction(dataclasses.replace(adapted, adapters=adapters), errors)
-
-
-def _is_box(node: Any) -> bool:
-    return hasattr(node, "replace_boxed")
 
 
 def _check_config(config: Any) -> None:
@@ -198,10 +194,10 @@ def _one_array(group: GroupPlan, members: Sequence[Member], tuned: Mapping[str, 
     for member in members[1:]:
         other = jax.device_put(of(member), first.sharding)
         if tuned[member.path] is not tuned[members[0].path] and not jnp.array_equal(first, other):
-            far = jnp.max(jnp.abs(first.astype(DTYPE) - other.astype(DTYPE)))
+            distance = jnp.max(jnp.abs(first.astype(DTYPE) - other.astype(DTYPE)))
             raise ValueError(
                 f"extract: {members[0].path!r} and {member.path!r} are tied in the base "
-                f"({', '.join(group.found)}), and differ by up to {float(far):.3g} in "
+                f"({', '.join(group.found)}), and differ by up to {float(distance):.3g} in "
                 "tuned_params, so no one delta is both's. Tie them there, or take the "
                 "tie out of ties=..."
             )
@@ -214,27 +210,27 @@ def _fit(
 ) -> tuple[dict[str, Any], Any, Any]:  # fmt: skip
     """Returns the arrays of the adapters of one weight, by kind, and two squared relative norms.
 
-    Those are: of the change what is left out; and of the rows, where some are trained and nothing
-    else, what the others changed by.
+    The first is that of the change that is left out, relative to the change. The second, where only
+    some rows are trained, is that of the other rows' change, relative to the weight.
     """
     before, after = whole(before), whole(after, like=before).astype(DTYPE)
     kinds = {a.kind: a for a in adapters}
     if LORA not in kinds and TRAINABLE_TOKENS not in kinds:
         return dict.fromkeys(kinds, jnp.copy(after)), jnp.zeros(()), None
-    change, found, rest = after - before, {}, None
+    change, arrays, rest = after - before, {}, None
     total = left = jnp.sum(jnp.square(change))
     if TRAINABLE_TOKENS in kinds:
         # What replaces rows takes all of their change; the factors are for the others.
         tokens = jnp.asarray(kinds[TRAINABLE_TOKENS].tokens)
         rows = (*[slice(None)] * group.token_axis, tokens)
-        found[TRAINABLE_TOKENS] = jnp.moveaxis(after[rows], group.token_axis, 0)
+        arrays[TRAINABLE_TOKENS] = jnp.moveaxis(after[rows], group.token_axis, 0)
         change = change.at[rows].set(0)
         left = jnp.sum(jnp.square(change))
     if LORA in kinds:
-        found[LORA], left, total = _pair(group, kinds[LORA], change, adapted)
+        arrays[LORA], left, total = _pair(group, kinds[LORA], change, adapted)
     else:
         rest = _ratio(left, jnp.sum(jnp.square(before)))
-    return found, _ratio(left, total), rest
+    return arrays, _ratio(left, total), rest
 
 
 def _ratio(part: jax.Array, total: jax.Array) -> jax.Array:
@@ -244,7 +240,7 @@ def _ratio(part: jax.Array, total: jax.Array) -> jax.Array:
 def _pair(
     group: GroupPlan, adapter: AdapterPlan, change: jax.Array, adapted: Adapted
 ) -> tuple[dict[str, Any], jax.Array, jax.Array]:
-    """Returns the factors closest to a change, and the squared norms of what is left and of it."""
+    """Returns the factors closest to a change; squared norms of what they leave out, and of it."""
     sides = (group.batch, group.rows, group.cols)
     order = [i for axes in sides for i in axes]
     sizes = [math.prod(group.shape[i] for i in axes) for axes in sides]

@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 
-from flax_tied_lora._adapters.init_from_weight import svd_lowrank
+from flax_tied_lora._adapters.init_from_weight import exact_product, svd_lowrank
 from flax_tied_lora._tree.paths import is_tracer
 
 # Up to this many rows or columns, on the shorter side, a matrix is decomposed as it is: a table of
@@ -21,7 +20,7 @@ _MORE, _PASSES = 16, 8
 
 
 def whole(array: jax.Array, like: Any = None) -> jax.Array:
-    """Returns an array unsharded, which decompositions want: all of it on each of its devices.
+    """Returns an array replicated on its devices, as decompositions want it.
 
     Args:
       like: an array on whose devices it shall be; default itself.
@@ -51,15 +50,15 @@ def compressed(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Ar
     def one(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         left, upper = jnp.linalg.qr(a)
         right, lower = jnp.linalg.qr(b.T)
-        u, s, vh = jnp.linalg.svd(_product(upper, lower.T), full_matrices=False)
+        u, s, vh = jnp.linalg.svd(exact_product(upper, lower.T), full_matrices=False)
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-        return _product(left, u), s[:, None] * _product(vh, right.T)
+        return exact_product(left, u), s[:, None] * exact_product(vh, right.T)
 
-    found_a, found_b = jax.vmap(one)(a, b)
-    missing = rank - found_a.shape[-1]
+    left, right = jax.vmap(one)(a, b)
+    missing = rank - left.shape[-1]
     return (
-        jnp.pad(found_a, ((0, 0), (0, 0), (0, missing))),
-        jnp.pad(found_b, ((0, 0), (0, missing), (0, 0))),
+        jnp.pad(left, ((0, 0), (0, 0), (0, missing))),
+        jnp.pad(right, ((0, 0), (0, missing), (0, 0))),
     )
 
 
@@ -91,12 +90,7 @@ def nearest(
             u, s, vh = svd_lowrank(matrix, rank + _MORE, _PASSES, rng)
         root = jnp.sqrt(s[:rank])
         a, b = u[:, :rank] * root[None, :], root[:, None] * vh[:rank]
-        return a, b, jnp.sum(jnp.square(matrix - _product(a, b))), jnp.sum(jnp.square(matrix))
+        return a, b, jnp.sum(jnp.square(matrix - exact_product(a, b))), jnp.sum(jnp.square(matrix))
 
     a, b, left, all_ = jax.vmap(one)(matrix, jax.random.split(rng, matrix.shape[0]))
     return a, b, jnp.sum(left), jnp.sum(all_)
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    # An accelerator's default rounds to bfloat16 or TF32.
-    return jnp.matmul(x, y, precision=Precision.HIGHEST)

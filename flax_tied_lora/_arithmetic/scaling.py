@@ -8,9 +8,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.merge import check_adapted
-from flax_tied_lora._adapters.ranks import refuse_residual, same_base, same_groups, with_ranks
+from flax_tied_lora._adapters.adapted import Adapted, check_adapted
+from flax_tied_lora._adapters.compatible import (
+    check_same_base,
+    check_same_groups,
+    refuse_residual,
+)
+from flax_tied_lora._adapters.ranks import with_ranks
 from flax_tied_lora._arithmetic.combining import check_number
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan
 from flax_tied_lora._tree.paths import matches, module_of, nearby
@@ -115,8 +119,8 @@ def switch(adapted: Adapted, other: Adapted) -> Adapted:
     """
     for each in (adapted, other):
         check_adapted("switch", each)
-    same_groups("switch", adapted, other)
-    same_base("switch", adapted, other)
+    check_same_groups("switch", adapted, other)
+    check_same_base("switch", adapted, other)
     ranks = {a.key: a.rank for _, a in adapted.plan.adapters(LORA)}
     for _, adapter in other.plan.adapters(LORA):
         if adapter.rank > ranks[adapter.key]:

@@ -1,52 +1,52 @@
-"""One checkpoint of adapters and of the state of their training."""
+"""`save` and `restore`: one checkpoint of adapters and of the state of their training."""
 
 from __future__ import annotations
 
 import json
 import operator
-from typing import Any, NamedTuple
+import os
+from typing import Any, Generic, NamedTuple
 
 import jax
 import optax
 import orbax.checkpoint as ocp
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, Params
 from flax_tied_lora._adapters.fingerprint import differences, fingerprint
-from flax_tied_lora._checkpoint.record import orbax_args, read_record, write
+from flax_tied_lora._checkpoint.errors import CheckpointError, explained
+from flax_tied_lora._checkpoint.items import decode, refuse_tracers, template_of
+from flax_tied_lora._checkpoint.record import absolute, orbax_args, read_record, write
 from flax_tied_lora._checkpoint.refit import adapter_templates, fit
-from flax_tied_lora._checkpoint.stored import (
-    CheckpointError,
-    absolute,
-    decode,
-    explained,
-    refuse_tracers,
-    template_of,
-)
 from flax_tied_lora._planning.plan import LORA, Plan
 
 
-class Restored(NamedTuple):
+class Restored(NamedTuple, Generic[Params]):
     """What `restore` returns: ``adapted, opt_state, step, extra``."""
 
-    adapted: Adapted
+    adapted: Adapted[Params]
     opt_state: Any
     step: int
     extra: Any
 
 
 def save(
-    path: Any, adapted: Adapted, *, opt_state: Any = None, step: int = 0, extra: Any = None
+    path: str | os.PathLike[str],
+    adapted: Adapted,
+    *,
+    opt_state: Any = None,
+    step: int = 0,
+    extra: Any = None,
 ) -> None:
     """Saves adapters and the state of their training, without the base, as one checkpoint.
 
     Args:
-      path: directory to make, of a local disk or a cloud bucket. Nothing is there under this name
-        until all is written.
+      path: directory to make, on a local disk or in a cloud bucket; it has this name only when all
+        of it is written.
       adapted: what `wrap` returned, trained or not, with its dropout key if it has one.
       opt_state: the optimizer's state, or None.
       step: number of the training step.
-      extra: any other pytree of arrays, typed random keys and numbers: a key, a position in the
-        data. None for nothing.
+      extra: any other pytree of arrays, typed random keys and numbers, for example a position in
+        the data; or None.
 
     Raises:
       CheckpointError: something exists at ``path``, or a leaf cannot be stored.
@@ -56,27 +56,27 @@ def save(
       checkpoint.save("adapter", adapted, opt_state=state, step=100, extra={"rng": key})
       adapted, state, step, extra = checkpoint.restore("adapter", params, opt_state=optimizer)
     """
-    write(path, items_of(adapted, opt_state, step, extra))
+    write(path, adapter_args(adapted, opt_state, step, extra))
 
 
 def restore(
-    path: Any,
-    params: Any,
+    path: str | os.PathLike[str],
+    params: Params,
     *,
     opt_state: Any = None,
     extra: Any = None,
     sharding: Any = None,
     check_base: bool = True,
-) -> Restored:
-    """Returns adapters on their base again, and the state of their training.
+) -> Restored[Params]:
+    """Returns saved adapters on their base, and the state of their training.
 
     Args:
       path: what `save` wrote, or one step's directory of a `Manager`.
-      params: the base, loaded as it was for `wrap`: tied leaves are stored once again, whatever
-        arrays they come in. Abstract params (`jax.ShapeDtypeStruct`) do, too.
-      opt_state: the optimizer, or a state of it (its arrays' values do not matter); None leaves
-        the saved state alone.
-      extra: a template of what was saved as ``extra``; without one, containers come back as
+      params: the base, loaded as it was for `wrap`; copies of tied leaves become one array again.
+        Abstract params (`jax.ShapeDtypeStruct`) are fine.
+      opt_state: the optimizer, or a state of it as a template (its values do not matter); None
+        does not restore the saved state.
+      extra: a template of what was saved as ``extra``; without one, containers are restored as
         dicts and lists.
       sharding: where the factors go. None: as `wrap` places them, like their leaf. A
         `jax.sharding.Mesh`: like their leaf's axes, or those that its box names, on that mesh. A
@@ -97,15 +97,15 @@ def restore(
         _check_base(path, record["base"], fingerprint(stored, plan), plan)
     template = template_of(path / "adapted", items["adapted"])
     saved = template.get("adapters", {})
-    own = adapter_templates(plan, stored, sharding)
-    own = {kind: _as_saved(tree, saved.get(kind)) for kind, tree in own.items()}
-    template = {**template, "adapters": {**saved, **own}}
+    of_plan = adapter_templates(plan, stored, sharding)
+    of_plan = {kind: _as_saved(tree, saved.get(kind)) for kind, tree in of_plan.items()}
+    template = {**template, "adapters": {**saved, **of_plan}}
     state = decode(path / "adapted", items["adapted"], template)
     adapted = Adapted(stored, state["adapters"], state["scaling"], state.get("rng"), plan)
     if isinstance(opt_state, optax.GradientTransformation):
         opt_state = opt_state.init(adapted.adapters)
-    for name, asked in (("opt_state", opt_state), ("extra", extra)):
-        if asked is not None and name not in items:
+    for name, wanted in (("opt_state", opt_state), ("extra", extra)):
+        if wanted is not None and name not in items:
             raise CheckpointError(
                 f"restore: no {name} in {path}, which has {', '.join(sorted(items))}; it was saved "
                 f"without. Leave {name}= out"
@@ -119,7 +119,12 @@ def restore(
     return Restored(adapted, opt_state, record["step"], extra)
 
 
-def items_of(adapted: Any, opt_state: Any, step: Any, extra: Any) -> ocp.args.Composite:
+def adapter_args(adapted: Any, opt_state: Any, step: Any, extra: Any) -> ocp.args.Composite:
+    """Returns Orbax's arguments for writing a checkpoint of adapters; see `save`.
+
+    Raises:
+      CheckpointError: not an `Adapted`, the step is not a number, or a leaf cannot be stored.
+    """
     if not isinstance(adapted, Adapted):
         raise CheckpointError(
             f"save: adapted is a {type(adapted).__name__}; expected an Adapted, as wrap returns it "
@@ -146,6 +151,7 @@ def items_of(adapted: Any, opt_state: Any, step: Any, extra: Any) -> ocp.args.Co
 
 
 def _check_base(path: Any, saved: Any, given: Any, plan: Plan) -> None:
+    """Checks the saved fingerprint of the base against that of the given params."""
     lines = differences(saved, given)
     if not lines:
         return
@@ -167,13 +173,13 @@ def _check_base(path: Any, saved: Any, given: Any, plan: Plan) -> None:
 
 
 def _as_saved(factors: Any, saved: Any) -> Any:
-    """Returns the factors' templates in the dtypes that were saved."""
+    """Returns the templates of factors in the dtypes that were saved."""
 
-    def one(factor: Any, saved: Any) -> jax.ShapeDtypeStruct:
+    def cast(factor: Any, saved: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(factor.shape, saved.dtype, sharding=factor.sharding)
 
     leaves, treedef = jax.tree.flatten(factors)
     dtypes = jax.tree.leaves(saved)
     if len(dtypes) != len(leaves):
-        return factors  # These are not the plan's factors, as reading them will say.
-    return jax.tree.unflatten(treedef, map(one, leaves, dtypes))
+        return factors  # They are not the plan's factors: reading them raises the error.
+    return jax.tree.unflatten(treedef, map(cast, leaves, dtypes))

@@ -1,38 +1,34 @@
-"""Full params: each tie group is stored once, and is one array again when read."""
+"""`save_params` and `restore_params`: full params, with each tie group stored once."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._checkpoint.record import orbax_args, read_record, write
-from flax_tied_lora._checkpoint.stored import (
-    CheckpointError,
-    absolute,
-    decode,
-    explained,
-    template_of,
-    without_boxes,
-)
+from flax_tied_lora._checkpoint.errors import CheckpointError, explained
+from flax_tied_lora._checkpoint.items import decode, template_of, without_boxes
+from flax_tied_lora._checkpoint.record import absolute, orbax_args, read_record, write
 from flax_tied_lora._planning.plan import Plan
-from flax_tied_lora._ties.find import Member, TieGroup, find_ties
+from flax_tied_lora._ties.find import Ties, find_ties
+from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._tree.paths import flatten, is_marker, path_name
 from flax_tied_lora._tree.quantized_array import QuantizedArray, is_quantized
 
 
-def save_params(path: Any, params: Any, *, ties: Any = "auto") -> None:
+def save_params(path: str | os.PathLike[str], params: Any, *, ties: Ties | Plan = "auto") -> None:
     """Saves full params as one checkpoint, with one copy of what is tied.
 
-    Orbax on its own stores an array that stands in two places twice, and restores two arrays.
+    Orbax alone stores an array that is at two places of a pytree twice, and restores two arrays.
 
     Args:
-      path: directory to make; nothing is there under this name until all is written.
+      path: directory to make; it has this name only when all of it is written.
       params: plain params; of an `Adapted`, its ``base`` or its ``merge``.
-      ties: as in `find_ties`; or the plan of an `Adapted`, for its groups. ``"auto"`` knows members
+      ties: as in `find_ties`; or the plan of an `Adapted`, for its groups. ``"auto"`` finds members
         that are the same array; a transposed one has to be declared.
 
     Raises:
@@ -64,16 +60,18 @@ def save_params(path: Any, params: Any, *, ties: Any = "auto") -> None:
     write(path, orbax_args(facts, {"params": tree}))
 
 
-def restore_params(path: Any, target: Any = None, *, sharding: Any = None) -> Any:
+def restore_params(
+    path: str | os.PathLike[str], target: Any = None, *, sharding: Any = None
+) -> Any:
     """Returns params that `save_params` saved; members of a tie are the same array again.
 
-    A member that is the transpose of the array that is stored is a transposed copy of it, as no
-    array is both: wrap the params with ``ties=`` and there is one again.
+    A member that is the transpose of the stored array becomes a transposed copy, as an array cannot
+    be both; wrap the params with ``ties=`` to have one array again.
 
     Args:
       path: what `save_params` wrote.
-      target: params of the same structure, abstract ones too: containers, boxes and shardings come
-        from there. None: nested dicts (lists for tuples), on the default device.
+      target: params of the same structure, abstract ones too, with the containers, boxes and
+        shardings to restore. None: nested dicts (lists for tuples), on the default device.
       sharding: a `jax.sharding.Sharding` for all leaves, or a pytree like the params of shardings;
         members of a tie go where the first of them goes.
 
@@ -88,21 +86,20 @@ def restore_params(path: Any, target: Any = None, *, sharding: Any = None) -> An
             TieGroup(tuple(Member(**m) for m in g["members"]), tuple(g["found"]))
             for g in record["ties"]
         ]
-    of = {m.path: (g.key, m.transposed) for g in groups for m in g.members[1:]}
+    copies = {m.path: (g.key, m.transposed) for g in groups for m in g.members[1:]}
     if target is None:
         target = template_of(path / "params", items["params"])
-        target = _quantized(target, record.get("quantized", {}), of)
+        target = _quantized(target, record.get("quantized", {}), copies)
     pairs, treedef = jax.tree_util.tree_flatten_with_path(target, is_leaf=_is_leaf)
     names = [path_name(p) for p, _ in pairs]
-    _check_members(path, names, of)
+    _check_members(path, names, copies)
     leaves = [x for _, x in pairs]
     if sharding is not None:
         leaves = _placed(leaves, treedef, sharding, path)
-    once = [None if name in of else x for name, x in zip(names, leaves, strict=True)]
-    found = decode(path / "params", items["params"], jax.tree.unflatten(treedef, once))
-    read, _ = jax.tree.flatten(found, is_leaf=_is_leaf)
-    arrays = dict(zip(names, read, strict=True))
-    for name, (key, transposed) in of.items():
+    once = [None if name in copies else x for name, x in zip(names, leaves, strict=True)]
+    restored = decode(path / "params", items["params"], jax.tree.unflatten(treedef, once))
+    arrays = dict(zip(names, jax.tree.leaves(restored, is_leaf=_is_leaf), strict=True))
+    for name, (key, transposed) in copies.items():
         arrays[name] = arrays[key].T if transposed else arrays[key]
     return jax.tree.unflatten(treedef, [arrays[name] for name in names])
 
@@ -111,27 +108,42 @@ def _is_leaf(node: Any) -> bool:
     return node is None or is_quantized(node)
 
 
-def _quantized(tree: Any, stored: Mapping[str, Any], of: Mapping[str, Any], path: str = "") -> Any:
-    """Returns a template in which integers and scales are what they were: quantised leaves."""
-    if path in stored and path not in of:
+def _quantized(
+    tree: Any, stored: Mapping[str, Any], copies: Mapping[str, Any], path: str = ""
+) -> Any:
+    """Returns a template in which integers and scales are quantised leaves, as they were.
+
+    Args:
+      tree: of nested dicts and lists.
+      stored: ``{path: (qtype, axis)}`` of the quantised leaves.
+      copies: tied leaves that are not stored.
+      path: of ``tree`` in the whole template.
+    """
+    if path in stored and path not in copies:
         return QuantizedArray(tree["values"], tree["scales"], *stored[path])
+
+    def inner(key: Any, entry: Any) -> Any:
+        return _quantized(entry, stored, copies, f"{path}/{key}".lstrip("/"))
+
     if isinstance(tree, dict):
-        return {k: _quantized(x, stored, of, f"{path}/{k}".lstrip("/")) for k, x in tree.items()}
+        return {key: inner(key, entry) for key, entry in tree.items()}
     if isinstance(tree, list):
-        return [_quantized(x, stored, of, f"{path}/{i}".lstrip("/")) for i, x in enumerate(tree)]
+        return [inner(i, entry) for i, entry in enumerate(tree)]
     return tree
 
 
-def _check_members(path: Any, names: list[str], of: dict[str, Any]) -> None:
-    missing = sorted(set(of) - set(names))
+def _check_members(path: Any, names: list[str], copies: dict[str, Any]) -> None:
+    missing = sorted(set(copies) - set(names))
     if missing:
+        key, _ = copies[missing[0]]
         raise CheckpointError(
             f"restore_params: the target has no {missing[0]!r}, which {path} holds as a member of "
-            f"the tie group of {of[missing[0]][0]!r}; pass a target of the structure that was saved"
+            f"the tie group of {key!r}; pass a target of the structure that was saved"
         )
 
 
 def _placed(leaves: list[Any], treedef: Any, sharding: Any, path: Any) -> list[Any]:
+    """Returns abstract leaves that are placed as ``sharding`` says."""
     if isinstance(sharding, jax.sharding.Sharding):
         places = [sharding] * len(leaves)
     else:

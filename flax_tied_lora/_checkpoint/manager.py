@@ -1,27 +1,38 @@
-"""The checkpoints of a run."""
+"""`Manager`: the checkpoints of a run."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+import os
+from typing import Any, Self, TypedDict, Unpack
 
 import orbax.checkpoint as ocp
 
-from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._checkpoint.adapters import Restored, items_of, restore
-from flax_tied_lora._checkpoint.stored import CheckpointError, absolute, explained
+from flax_tied_lora._adapters.adapted import Adapted, Params
+from flax_tied_lora._checkpoint.adapters import Restored, adapter_args, restore
+from flax_tied_lora._checkpoint.errors import CheckpointError, explained
+from flax_tied_lora._checkpoint.record import absolute
+
+
+class Options(TypedDict, total=False):
+    """What `restore` takes by keyword."""
+
+    opt_state: Any
+    extra: Any
+    sharding: Any
+    check_base: bool
 
 
 class Manager:
-    """The checkpoints of a run: a thin face of `orbax.checkpoint.CheckpointManager`.
+    """The checkpoints of a run: a thin wrapper of `orbax.checkpoint.CheckpointManager`.
 
-    Saving is asynchronous: it returns once the arrays are copied, so that a training step may
-    donate them, and the files are written in the background. A step that was cut off while it was
-    written is never taken for a checkpoint.
+    Saving is asynchronous: `save` returns once the arrays are copied, so that a training step may
+    donate them, and the files are written in the background. A step whose writing was interrupted
+    is never taken for a checkpoint.
 
     Args:
-      directory: of the run; made if it is not there.
+      directory: of the run; made if it does not exist.
       max_to_keep: how many of the latest steps to keep; None for all.
-      options: Orbax's own options instead.
+      options: Orbax's options, in place of ``max_to_keep``.
 
     Example::
 
@@ -34,7 +45,7 @@ class Manager:
 
     def __init__(
         self,
-        directory: Any,
+        directory: str | os.PathLike[str],
         *,
         max_to_keep: int | None = None,
         options: ocp.CheckpointManagerOptions | None = None,
@@ -70,7 +81,7 @@ class Manager:
           step: a number above that of the latest step.
           adapted, opt_state, extra: as in `save`.
           metrics: for options that keep the best steps.
-          force: save whatever the options say.
+          force: whether to save it whatever the options say.
 
         Raises:
           CheckpointError: the step exists, a leaf cannot be stored, or an earlier save has failed
@@ -84,15 +95,17 @@ class Manager:
             )
         if not force and not self._orbax.should_save(step):
             return False
-        args = items_of(adapted, opt_state, step, extra)
+        args = adapter_args(adapted, opt_state, step, extra)
         with explained(f"save: step {step} in", self.directory):
             return self._orbax.save(step, args=args, metrics=metrics, force=force)
 
-    def restore(self, params: Any, *, step: int | None = None, **kwargs: Any) -> Restored:
-        """Returns the state at a step, by default the latest. Takes what `restore` takes.
+    def restore(
+        self, params: Params, *, step: int | None = None, **kwargs: Unpack[Options]
+    ) -> Restored[Params]:
+        """Returns the state at a step, by default the latest; other arguments as in `restore`.
 
         Raises:
-          CheckpointError: there is no such step; and all that `restore` raises.
+          CheckpointError: there is no such step; or as `restore`.
         """
         self.wait_until_finished()
         steps = self.all_steps()
@@ -110,7 +123,7 @@ class Manager:
         return self._orbax.latest_step()
 
     def all_steps(self) -> list[int]:
-        """Returns the numbers of the steps that there are."""
+        """Returns the numbers of all steps, in order."""
         return sorted(self._orbax.all_steps())
 
     def wait_until_finished(self) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint's record: its format, what it says about itself, and the listing of its items."""
+"""A checkpoint's record: its format, facts about the checkpoint, and the listings of its items."""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from flax_tied_lora._checkpoint.stored import CheckpointError, absolute, encode, explained
+from flax_tied_lora._checkpoint.errors import CheckpointError, explained
+from flax_tied_lora._checkpoint.items import encode
 
 FORMAT = 1
 _RECORD = "tied_lora"
 
 
+def absolute(path: Any) -> epath.Path:
+    """Returns a path, of a cloud bucket too, in the absolute form that Orbax needs."""
+    return epath.Path(path).expanduser().resolve()
+
+
 def orbax_args(facts: Mapping[str, Any], items: Mapping[str, Any]) -> ocp.args.Composite:
-    """Returns what to give Orbax to write a checkpoint.
+    """Returns Orbax's arguments for writing a checkpoint.
 
     Args:
-      facts: JSON, for the record.
-      items: pytrees by name; None where there is none.
+      facts: what the record says besides, as JSON values.
+      items: pytrees by name; None for an item that the checkpoint lacks.
     """
     listings: dict[str, Any] = {}
     saves: dict[str, Any] = {}
     for name, tree in items.items():
         if tree is not None:
             arrays, listings[name] = encode(name, tree)
-            if listings[name]:  # Orbax refuses to save nothing.
+            if listings[name]:  # Orbax refuses an empty pytree.
                 saves[name] = ocp.args.StandardSave(arrays)
     record = {"format": FORMAT, **facts, "items": listings}
     saves[_RECORD] = ocp.args.JsonSave({"record": record, "crc32": _crc32(record)})
@@ -36,7 +42,7 @@ def orbax_args(facts: Mapping[str, Any], items: Mapping[str, Any]) -> ocp.args.C
 
 
 def write(path: Any, args: ocp.args.Composite) -> None:
-    """Writes a checkpoint; Orbax gives it its name when all is written."""
+    """Writes a checkpoint, which has its name only when all of it is written."""
     path = absolute(path)
     if path.exists():
         raise CheckpointError(
@@ -51,7 +57,15 @@ def write(path: Any, args: ocp.args.Composite) -> None:
 
 
 def read_record(path: epath.Path, *fields: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns a checkpoint's record, with these fields at least, and the listings of its items."""
+    """Returns a checkpoint's record and the listings of its items.
+
+    Args:
+      path: of the checkpoint.
+      *fields: what the record must have; the kinds of checkpoints are told apart by them.
+
+    Raises:
+      CheckpointError: there is no checkpoint of this kind, or it is damaged or of a newer format.
+    """
     if not path.exists():
         raise CheckpointError(f"restore: {path} does not exist; check the path")
     file = path / _RECORD / "metadata"
@@ -86,6 +100,7 @@ def read_record(path: epath.Path, *fields: str) -> tuple[dict[str, Any], dict[st
 
 
 def _no_record(path: epath.Path, file: epath.Path) -> str:
+    """Returns the error of a path that holds no record."""
     names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     steps = [name for name in names if (path / name / _RECORD).exists()]
     if steps:
@@ -93,8 +108,8 @@ def _no_record(path: epath.Path, file: epath.Path) -> str:
             f"restore: {path} holds the steps {', '.join(steps)} of a run; open it with "
             f"Manager, or restore {path / steps[-1]}"
         )
-    found = f"found {', '.join(names[:5]) or 'nothing'}" if path.is_dir() else "it is a file"
-    return f"restore: {path} is no checkpoint of flax_tied_lora: no {file}; {found}"
+    content = f"found {', '.join(names[:5]) or 'nothing'}" if path.is_dir() else "it is a file"
+    return f"restore: {path} is no checkpoint of flax_tied_lora: no {file}; {content}"
 
 
 def _crc32(record: Any) -> int:

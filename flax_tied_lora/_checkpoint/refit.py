@@ -1,4 +1,4 @@
-"""A saved plan put on a base again: leaves checked, ties stored once, factors placed."""
+"""A saved plan fitted to a base: leaves checked, ties stored once, templates of the factors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._adapters.make import make_adapters
-from flax_tied_lora._checkpoint.stored import CheckpointError, explained, without_boxes
+from flax_tied_lora._checkpoint.errors import CheckpointError, explained
+from flax_tied_lora._checkpoint.items import without_boxes
 from flax_tied_lora._planning.plan import LORA, GroupPlan, Plan
 from flax_tied_lora._tree.boxes import boxes_of
 from flax_tied_lora._tree.paths import TiedLeaf, describe, flatten, is_marker, nearby
@@ -19,11 +20,13 @@ from flax_tied_lora._verbs.wrap import stored_once
 
 
 def fit(plan: Plan, params: Any, check_base: bool) -> tuple[Plan, Any]:
-    """Returns the plan and the params with each tie stored once.
+    """Returns the plan, fitted to the params, and the params with each tie stored once.
+
+    Args:
+      check_base: whether leaves must have the plan's dtypes; otherwise the plan takes on theirs.
 
     Raises:
-      CheckpointError: a leaf of the plan is missing or of another shape; or of another dtype,
-        unless the base may be another: then the plan takes the dtype on.
+      CheckpointError: a leaf of the plan is missing, or has another shape or dtype.
     """
     if isinstance(params, Adapted):
         raise CheckpointError(
@@ -43,19 +46,19 @@ def _fitted(group: GroupPlan, leaves: Mapping[str, Any], check_base: bool) -> Gr
         shape = group.shape[::-1] if member.transposed else group.shape
         leaf = leaves.get(member.path)
         if leaf is None:
-            near = ", ".join(map(repr, nearby(member.path, leaves)))
+            similar = ", ".join(map(repr, nearby(member.path, leaves)))
             raise CheckpointError(
                 f"restore: the params have no {member.path!r} {dtype}{list(shape)}, which the "
-                f"checkpoint's plan names; leaves with such a name: {near}. Load the base as it "
+                f"checkpoint's plan names; leaves with such a name: {similar}. Load the base as it "
                 "was for wrap"
             )
         if is_marker(leaf):
-            fits, found = leaf == TiedLeaf(group.key, member.transposed), repr(leaf)
+            fits, text = leaf == TiedLeaf(group.key, member.transposed), repr(leaf)
         else:
-            fits, found = tuple(leaf.shape) == shape and str(leaf.dtype) == dtype, describe(leaf)
+            fits, text = tuple(leaf.shape) == shape and str(leaf.dtype) == dtype, describe(leaf)
         if not fits:
             raise CheckpointError(
-                f"restore: {member.path!r} is {found} in the params and {dtype}{list(shape)} in "
+                f"restore: {member.path!r} is {text} in the params and {dtype}{list(shape)} in "
                 "the checkpoint's plan; load the base as it was for wrap"
             )
     return dataclasses.replace(group, dtype=dtype)
@@ -90,13 +93,14 @@ def _on(factor: Any, place: Any) -> Any:
 
 
 def _leaf_sharding(leaf: Any, box: Any, sharding: Any) -> Any:
-    own = getattr(leaf, "sharding", None)
-    own = own if isinstance(own, jax.NamedSharding) else None
+    """Returns the sharding that the factors of a leaf follow: its present one, or on a mesh."""
+    current = getattr(leaf, "sharding", None)
+    current = current if isinstance(current, jax.NamedSharding) else None
     if not isinstance(sharding, jax.sharding.Mesh):
-        return own
-    if own is not None:
-        return jax.NamedSharding(sharding, own.spec)
-    # Names of a box may be logical ones, which no mesh has.
+        return current
+    if current is not None:
+        return jax.NamedSharding(sharding, current.spec)
+    # A box may have logical names, which no mesh has.
     names = getattr(box, "names", ())
     return jax.NamedSharding(
         sharding, jax.P(*(n if n in sharding.axis_names else None for n in names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax_tied_lora._config.checks import FrozenMapping, pattern_value, patterns
@@ -11,6 +11,8 @@ from flax_tied_lora._config.checks import FrozenMapping, pattern_value, patterns
 # The key of ``to_dict`` that holds the fields which PEFT does not know; PEFT's files go without.
 OWN_KEY = "flax_tied_lora"
 OWN_FIELDS = ("axes", "parts")
+Axes = int | Sequence[int]
+PartNames = Sequence[str] | Mapping[str, int]
 
 _AXES = "(rows, columns), each an axis or a list of axes, for example (1, [0, 2])"
 _PARTS = (
@@ -72,6 +74,18 @@ def said_of(field: Mapping[str, Any], path: str) -> Any:
     """Returns what the first pattern that names a leaf or its module says of it; None if none."""
     module = path.rpartition("/")[0]
     return pattern_value(field, path, pattern_value(field, module, None) if module else None)
+
+
+def value_for(field: Mapping[str, Any], path: str, default: Any) -> Any:
+    """Returns what the first pattern that names a module says of it, or of the one it is part of.
+
+    Args:
+      field: pattern -> value.
+      path: of a module, with ``:<part>`` for a part of it.
+      default: where no pattern names it.
+    """
+    module = path.partition(":")[0]
+    return pattern_value(field, path, pattern_value(field, module, default))
 
 
 def parts_of_leaf(

@@ -10,19 +10,18 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 _V = TypeVar("_V")
-_INITIALISATIONS = (True, False, "gaussian", "pissa", "olora", "orthogonal")
 PISSA_NITER = re.compile(r"pissa_niter_([0-9]+)")
-_TASK_TYPES = (
-    "SEQ_CLS",
-    "SEQ_2_SEQ_LM",
-    "CAUSAL_LM",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-)
+Bias = Literal["none", "all", "lora_only"]
+TaskType = Literal[
+    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+]
+_Named = Literal[True, False, "gaussian", "pissa", "olora", "orthogonal"]
+# Any number of iterations will do, of which a type can only list some.
+Initialisation = _Named | Literal["pissa_niter_4", "pissa_niter_8", "pissa_niter_16"]
+_ONLY_PEFTS = ("eva", "corda", "loftq", "mica", "lora_ga")
 
 
 class FrozenMapping(Mapping[str, _V]):
@@ -96,7 +95,7 @@ def text(field: str, value: Any) -> str | None:
 
 def task_type(field: str, value: Any) -> str | None:
     """Returns one of PEFT's task types, or None."""
-    return None if value is None else one_of(field, value, _TASK_TYPES)
+    return None if value is None else one_of(field, value, get_args(TaskType))
 
 
 def one_of(field: str, value: Any, choices: Sequence[Any], more: str = "") -> Any:
@@ -116,10 +115,12 @@ def one_of(field: str, value: Any, choices: Sequence[Any], more: str = "") -> An
 
 
 def initialisation(field: str, value: Any) -> bool | str:
-    """Returns an initialisation that is carried out; PEFT's others never come this far."""
+    """Returns an initialisation that is carried out."""
+    if value in _ONLY_PEFTS:
+        raise not_carried_out(field, value, True)
     if isinstance(value, str) and PISSA_NITER.fullmatch(value):
         return value
-    return one_of(field, value, _INITIALISATIONS, " or 'pissa_niter_<k>' with an int k from 0")
+    return one_of(field, value, get_args(_Named), " or 'pissa_niter_<k>' with an int k from 0")
 
 
 def names(field: str, value: Any) -> tuple[str, ...] | str | None:
@@ -130,6 +131,14 @@ def names(field: str, value: Any) -> tuple[str, ...] | str | None:
         return regex(field, value)
     checked = _strings(field, value, "a list of strings, one string, or None")
     _no_duplicates(field, checked)
+    return checked
+
+
+def layer_names(field: str, value: Any) -> tuple[str, ...] | str | None:
+    """Returns what `names` does, of regexes that can each be part of a longer one."""
+    checked = names(field, value)
+    for pattern in as_tuple(checked):
+        regex(field, pattern, inside=True)
     return checked
 
 
@@ -229,15 +238,6 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def plain(value: Any) -> Any:
-    """Returns tuples as lists and mappings as dicts, as JSON has them."""
-    if isinstance(value, tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return value
-
-
 @functools.cache
 def _at_the_end(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
@@ -286,4 +286,12 @@ def reads_weight(how: Any) -> bool:
     """Returns whether `from_weight` makes the factors that ``init_lora_weights`` names."""
     return isinstance(how, str) and (
         how == "pissa" or how.lower() == "olora" or PISSA_NITER.fullmatch(how) is not None
+    )
+
+
+def not_carried_out(field: str, value: Any, default: Any) -> NotImplementedError:
+    """Returns the error for what PEFT has and this version does not carry out."""
+    return NotImplementedError(
+        f"LoraConfig: {field}={value!r} is not carried out by this version; expected "
+        f"{default!r}, the default. Leave it out."
     )

@@ -1,55 +1,53 @@
 """What to adapt and how: `LoraConfig`, with PEFT's field names, defaults and meanings.
 
 Names and meanings are those of PEFT 0.21.2 (``peft.LoraConfig``), so that people bring what they
-know and ``adapter_config.json`` can be read and written. Three things differ. A config is frozen
-and hashable, so it can be static data of a compiled function. It is checked when it is made: every
-error names the field. And nothing is silently ignored: a field that this library does not carry
-out yet raises `NotImplementedError` (the table `_NOT_YET`; delete a line when it is carried out).
+know and ``adapter_config.json`` can be read and written. A config is frozen and hashable, so it can
+be static data of a compiled function, and it is checked when it is made: every error names the
+field. What PEFT has and this library does not carry out is refused by name, never ignored.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import json
 import math
-import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, get_args
 
+from flax_tied_lora._config import as_dict
 from flax_tied_lora._config import axes_and_parts as own
 from flax_tied_lora._config import checks as check
-from flax_tied_lora._config.checks import FrozenMapping
+from flax_tied_lora._config.checks import Bias, FrozenMapping, Initialisation, TaskType
+from flax_tied_lora._config.keywords import with_hints
 
-_ANY = ".*"
-
-# Field -> the values (regexes) that are known to PEFT and not carried out here yet; _ANY: every
-# value but the default.
-_NOT_YET: dict[str, str] = {
-    "init_lora_weights": "eva|corda|loftq|mica|lora_ga",
-    "alora_invocation_tokens": _ANY,
-    "arrow_config": _ANY,
-    "corda_config": _ANY,
-    "eva_config": _ANY,
-    "kasa_config": _ANY,
-    "layer_replication": _ANY,
-    "loftq_config": _ANY,
-    "lora_bias": _ANY,
-    "lora_ga_config": _ANY,
-    "megatron_config": _ANY,
-    "megatron_core": _ANY,
-    "monteclora_config": _ANY,
-    "qalora_group_size": _ANY,
-    "runtime_config": _ANY,
-    "use_bdlora": _ANY,
-    "use_qalora": _ANY,
-    "velora_config": _ANY,
-}
 _EMPTY: FrozenMapping[Any] = FrozenMapping()
-_FAMILIAR = {"rank": "r", "lora_rank": "r", "lora_r": "r", "alpha": "lora_alpha"}
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "r": check.positive_int,
+    "lora_alpha": check.positive,
+    "lora_dropout": check.probability,
+    **dict.fromkeys(("use_rslora", "inference_mode", "use_dora"), check.boolean),
+    "fan_in_fan_out": check.boolean,
+    "task_type": check.task_type,
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), check.text),
+    **dict.fromkeys(("target_modules", "exclude_modules"), check.names),
+    "layers_pattern": check.layer_names,
+    **dict.fromkeys(("modules_to_save", "target_parameters"), check.name_list),
+    "trainable_token_indices": check.token_indices,
+    "layers_to_transform": check.indices,
+    "rank_pattern": lambda f, v: check.patterns(f, v, check.positive_int),
+    "alpha_pattern": lambda f, v: check.patterns(f, v, check.positive),
+    "auto_mapping": lambda f, v: None if v is None else check.mapping(f, v, check.text),
+    "axes": own.axes,
+    "parts": own.parts,
+    "peft_type": lambda f, v: check.one_of(f, "LORA" if v is None else v, ["LORA"]),
+    "bias": lambda f, v: check.one_of(f, v, get_args(Bias)),
+    "init_lora_weights": check.initialisation,
+    "ensure_weight_tying": lambda f, v: check.one_of(f, v, [None, True, False]),
+}
 
 
+@with_hints
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class LoraConfig:
     """What to adapt and how, in PEFT's words; frozen, hashable, checked when it is made.
@@ -114,12 +112,13 @@ class LoraConfig:
             along an axis, of one size, or ``(axis, {name: size})``. Each part gets factors of its
             own; targets, exclusions and patterns name one as ``"qkv_proj:q"``. Default {}.
 
-    The other fields are PEFT's too and not carried out yet: they may be given their default.
+    PEFT's other fields are no parameters. In a file or a dict (`from_json`, `from_dict`,
+    `peft.load_adapter`) they may have PEFT's default, and are refused by name otherwise.
 
     Raises:
         TypeError: An unknown field (close names are listed), a positional argument, a wrong type.
         ValueError: A value out of range, an invalid regex, fields that contradict each other.
-        NotImplementedError: A field, or a value of one, that is not carried out yet.
+        NotImplementedError: A value of PEFT's that this version does not carry out.
 
     Example:
         >>> config = LoraConfig(r=8, lora_alpha=16, target_modules=["embed_tokens", "q_proj"])
@@ -137,112 +136,36 @@ class LoraConfig:
     exclude_modules: Collection[str] | str | None = None
     use_rslora: bool = False
     lora_dropout: float = 0.0
-    init_lora_weights: bool | str = True
+    init_lora_weights: Initialisation = True
     layers_to_transform: Collection[int] | int | None = None
     layers_pattern: Collection[str] | str | None = None
     rank_pattern: Mapping[str, int] = _EMPTY
     alpha_pattern: Mapping[str, float] = _EMPTY
     target_parameters: Collection[str] | None = None
     use_dora: bool = False
-    bias: str = "none"
+    bias: Bias = "none"
     fan_in_fan_out: bool = False
     modules_to_save: Collection[str] | None = None
     trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
     ensure_weight_tying: bool | None = None
-    peft_type: str = "LORA"
-    task_type: str | None = None
+    peft_type: Literal["LORA"] = "LORA"
+    task_type: TaskType | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
     peft_version: str | None = None
     auto_mapping: Mapping[str, str | None] | None = None
-    alora_invocation_tokens: Any = None
-    arrow_config: Any = None
-    corda_config: Any = None
-    eva_config: Any = None
-    kasa_config: Any = None
-    layer_replication: Any = None
-    loftq_config: Any = _EMPTY
-    lora_bias: bool = False
-    lora_ga_config: Any = None
-    megatron_config: Any = None
-    megatron_core: str | None = "megatron.core"
-    monteclora_config: Any = None
-    qalora_group_size: int = 16
-    runtime_config: Any = None
-    use_bdlora: Any = None
-    use_qalora: bool = False
-    velora_config: Any = None
-    axes: Mapping[str, Any] = _EMPTY
-    parts: Mapping[str, Any] = _EMPTY
-
-    def __new__(cls, *args: object, **kwargs: object) -> LoraConfig:
-        """Refuses what the generated ``__init__`` would refuse less helpfully."""
-        if args:
-            raise TypeError(
-                f"LoraConfig: expected keyword arguments only, found {args!r}; write r=8, ..."
-            )
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in kwargs:
-            if name not in known:
-                near = [_FAMILIAR[name]] if name in _FAMILIAR else []
-                near += [n for n in difflib.get_close_matches(name, known) if n not in near]
-                hint = f"did you mean {' or '.join(near)}?" if near else "see help(LoraConfig)"
-                raise TypeError(f"LoraConfig: unknown field '{name}'; {hint}")
-        return super().__new__(cls)
+    axes: Mapping[str, Sequence[own.Axes]] = _EMPTY
+    parts: Mapping[str, tuple[int, own.PartNames]] = _EMPTY
 
     def __post_init__(self) -> None:
         """Checks every field and stores it in its hashable form."""
-        self._refuse_not_yet()
-        self._put("r", check.positive_int)
-        self._put("lora_alpha", check.positive)
-        self._put("lora_dropout", check.probability)
-        for name in ("use_rslora", "inference_mode", "use_dora", "fan_in_fan_out"):
-            self._put(name, check.boolean)
-        self._put("task_type", check.task_type)
-        for name in ("base_model_name_or_path", "revision", "peft_version"):
-            self._put(name, check.text)
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            self._put(name, check.names)
-        for name in ("modules_to_save", "target_parameters"):
-            self._put(name, check.name_list)
-        self._put("trainable_token_indices", check.token_indices)
-        for pattern in check.as_tuple(self.layers_pattern):
-            check.regex("layers_pattern", pattern, inside=True)
-        self._put("layers_to_transform", check.indices)
-        self._put("rank_pattern", lambda f, v: check.patterns(f, v, check.positive_int))
-        self._put("alpha_pattern", lambda f, v: check.patterns(f, v, check.positive))
-        if self.auto_mapping is not None:
-            self._put("auto_mapping", lambda f, v: check.mapping(f, v, check.text))
-        self._put("axes", own.axes)
-        self._put("parts", own.parts)
-        self._put("peft_type", lambda f, v: check.one_of(f, "LORA" if v is None else v, ["LORA"]))
-        self._put("bias", lambda f, v: check.one_of(f, v, ["none", "all", "lora_only"]))
-        self._put("init_lora_weights", check.initialisation)
-        self._put("ensure_weight_tying", lambda f, v: check.one_of(f, v, [None, True, False]))
+        for field, convert in _CHECKS.items():
+            value = getattr(self, field)
+            if isinstance(value, enum.Enum):  # PEFT's TaskType and PeftType are str enums
+                value = value.value
+            object.__setattr__(self, field, convert(field, value))
         refuse_contradictions(self)
-
-    def _put(self, field: str, convert: Callable[[str, Any], Any]) -> None:
-        value = getattr(self, field)
-        if isinstance(value, enum.Enum):  # PEFT's TaskType and PeftType are str enums
-            value = value.value
-        object.__setattr__(self, field, convert(field, value))
-
-    def _refuse_not_yet(self) -> None:
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for field, pattern in _NOT_YET.items():
-            value, default = getattr(self, field), defaults[field]
-            if pattern != _ANY:
-                refused = isinstance(value, str) and re.fullmatch(pattern, value)
-            else:
-                same = isinstance(value, type(default) | dict) and value == default
-                refused = not (value is None or same)
-                object.__setattr__(self, field, default)  # {} and None become the default
-            if refused:
-                raise NotImplementedError(
-                    f"LoraConfig: {field}={value!r} is not carried out by this version; expected "
-                    f"{default!r}, the default. Leave it out."
-                )
 
     def rank_for(self, path: str) -> int:
         """Returns the rank for a module: `rank_pattern`'s first match, or `r`.
@@ -251,11 +174,11 @@ class LoraConfig:
             path: Module path, joined by "/" or by ".", as ``model/layers/0/q_proj``; with
                 ``:<part>`` for a part, to which the module's value goes down.
         """
-        return _for_part(self.rank_pattern, path, self.r)
+        return own.value_for(self.rank_pattern, path, self.r)
 
     def alpha_for(self, path: str) -> float:
         """Returns alpha for a module: `alpha_pattern`'s first match, or `lora_alpha`."""
-        return float(_for_part(self.alpha_pattern, path, self.lora_alpha))
+        return float(own.value_for(self.alpha_pattern, path, self.lora_alpha))
 
     def scaling_for(self, path: str) -> float:
         """Returns the factor before ``lora_a @ lora_b``: alpha / r; for rsLoRA alpha / sqrt(r)."""
@@ -264,10 +187,7 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain Python values, under the keys of ``adapter_config.json``."""
-        values = {f.name: check.plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        del values["runtime_config"]  # PEFT does not store it either
-        ours = {name: values.pop(name) for name in own.OWN_FIELDS}
-        return values | ({own.OWN_KEY: ours} if any(ours.values()) else {})
+        return as_dict.to_dict(self)
 
     def to_json(self) -> str:
         """Returns the text of ``adapter_config.json``: fields sorted, patterns in their order."""
@@ -279,14 +199,9 @@ class LoraConfig:
 
         Raises:
             TypeError: Not a mapping; and all that `LoraConfig` raises.
+            NotImplementedError: A field that only PEFT has is not at PEFT's default.
         """
-        if not isinstance(fields, Mapping):
-            raise TypeError(f"LoraConfig.from_dict: expected a mapping, found {fields!r}")
-        ours = fields.get(own.OWN_KEY, {})
-        if not isinstance(ours, Mapping):
-            raise TypeError(f"LoraConfig.from_dict: {own.OWN_KEY}={ours!r}; expected a mapping")
-        both = {name: v for name, v in fields.items() if name != own.OWN_KEY} | dict(ours)
-        return cls(**{str(name): value for name, value in both.items()})
+        return cls(**as_dict.from_dict(fields))
 
     @classmethod
     def from_json(cls, text: str) -> LoraConfig:
@@ -295,11 +210,7 @@ class LoraConfig:
         Raises:
             ValueError: Not JSON; and all that `from_dict` raises.
         """
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"LoraConfig.from_json: not JSON: {error}") from error
-        return cls.from_dict(fields)
+        return cls.from_dict(as_dict.from_json(text))
 
     def __repr__(self) -> str:
         """Shows `r`, `lora_alpha`, `target_modules`, and whatever is not at its default."""
@@ -310,11 +221,6 @@ class LoraConfig:
             if f.name in always or getattr(self, f.name) != f.default
         ]
         return f"LoraConfig({', '.join(shown)})"
-
-
-def _for_part(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    module = path.partition(":")[0]
-    return check.pattern_value(patterns, path, check.pattern_value(patterns, module, default))
 
 
 def refuse_contradictions(config: LoraConfig) -> None:

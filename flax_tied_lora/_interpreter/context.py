@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 from jax.extend.core import JaxprEqn, Var
 
-from flax_tied_lora._algebra.factor import Cost
 from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION
-from flax_tied_lora._algebra.weight import LowRank, Term, Weight
+from flax_tied_lora._algebra.term import LowRank, Term
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter import registry
+from flax_tied_lora._interpreter.backward import is_backward, marks_are_known
+from flax_tied_lora._interpreter.costs import Cost, cost_beyond_plain, total
 from flax_tied_lora._interpreter.equations import run
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import DensifyError, densified
@@ -34,7 +38,7 @@ class Context:
     """What rules may ask of the evaluation that they are part of.
 
     Attributes:
-      on_dense: what to do where a weight has to be added up.
+      on_dense: what to do where a weight has to be materialised.
       leaves: what is known of each leaf.
       reads: the call sites met so far, in program order.
       memo: inner programs that were rebuilt already.
@@ -42,6 +46,9 @@ class Context:
       here: the name stack of the current equation within it.
       provenance: where the values of the program evaluated come from.
       shown: the names of leaves for which this program has stand-ins.
+      counts: whether it is counted what serving the call sites costs: for that they are traced
+        once more.
+      uncounted: where, among the reads, those are of which it is not counted yet.
     """
 
     on_dense: OnDense = "warn"
@@ -52,6 +59,8 @@ class Context:
     here: str = ""
     provenance: Provenance = dataclasses.field(default_factory=Provenance)
     shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    counts: bool = False
+    uncounted: list[int] = dataclasses.field(default_factory=list)
 
     # Running
 
@@ -62,27 +71,34 @@ class Context:
 
     def apply(self, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
         """Returns the outputs of an equation on arrays and weights."""
-        if any(isinstance(x, Weight) for x in operands):
-            return registry.apply(self, eqn, operands)
-        return self.run(eqn, operands)
+        if not any(isinstance(x, Weight) for x in operands):
+            return self.run(eqn, operands)
+        before = len(self.reads)
+        outputs = registry.apply(self, eqn, operands)
+        if self.counts:
+            self._count(eqn, operands, before)
+        return outputs
 
     def evaluate(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Returns ``function(*operands)``, weights among the operands staying symbolic in it."""
+        leaves, tree = jax.tree.flatten(operands, is_leaf=lambda x: isinstance(x, Weight))
         avals = [
-            jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Weight) else x for x in operands
+            jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Weight) else x for x in leaves
         ]
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*avals)
+        traced = jax.make_jaxpr(function, return_shape=True)
+        closed, shape = traced(*jax.tree.unflatten(tree, avals))
         inner = self.inside(reads := [], Provenance())
-        outputs = evaluate(inner, closed.jaxpr, closed.consts, operands)
+        outputs = evaluate(inner, closed.jaxpr, closed.consts, leaves)
         self.met(reads)
         dense = [self.returned(x) if isinstance(x, Weight) else x for x in outputs]
         return jax.tree.unflatten(jax.tree.structure(shape), dense)
 
     def inside(self, reads: list[Read], provenance: Provenance, **changes: Any) -> Context:
-        """Returns the context of a program inside the current equation, with reads of its own."""
+        """Returns the context of a program inside the current equation, with its list of reads."""
         return dataclasses.replace(
-            self, reads=reads, outside=self.full_scope, here="", provenance=provenance, **changes
-        )
+            self, reads=reads, uncounted=[], outside=self.full_scope, here="",
+            provenance=provenance, **changes,
+        )  # fmt: skip
 
     def met(self, reads: Sequence[Read]) -> None:
         """Takes over the call sites of a program inside the current equation."""
@@ -103,8 +119,8 @@ class Context:
         for origin in weight.origins:
             touched, info = set(origin.on_leaf(indexed)), self.leaves.get(origin.leaf)
             if info is None:
-                # Nothing is known while a leaf's axes are being found out: what is cut out, or
-                # picked from three axes or more, may still be multiplied with.
+                # Nothing is known of a leaf whose axes are being told from its call sites: what is
+                # cut out, or picked from three axes or more, may still be multiplied with.
                 picks = operation == "gather" and len(weight.shape) < 3
             elif operation == "gather":
                 picks = not touched <= set(info.batch)
@@ -128,7 +144,7 @@ class Context:
           operand: what it is multiplied with.
           contracted: axes of the operand, in the order of ``summed``.
         """
-        shape = operand.aval.shape
+        shape = getattr(operand.aval, "shape", ())
         long = [axis for axis in contracted if shape[axis] != 1]
         if len(long) == 1 and long[0] in self.provenance.one_hot_axes(operand):
             return True
@@ -153,8 +169,8 @@ class Context:
     def read(
         self, operation: str, weight: Weight, role: Any, *,
         rows: Sequence[int] = (), cols: Sequence[int] | None = None, batch: Sequence[int] = (),
-    ) -> tuple[tuple[Term, ...], Callable[[Cost], None]]:  # fmt: skip
-        """Returns the terms that are there for a call site, and a function to report its cost with.
+    ) -> tuple[Term, ...]:  # fmt: skip
+        """Returns the terms that are for a call site, which it notes down.
 
         Args:
           operation: name of the primitive.
@@ -162,10 +178,10 @@ class Context:
         """
         if cols is None:
             cols = [i for i in range(len(weight.shape)) if i not in (*rows, *batch)]
-        found = LOOKUP if role == OTHER and all(o.picked for o in weight.origins) else role
-        terms = weight.at(self._forward(operation, found, weight), module_scope(self.full_scope))
+        meant = LOOKUP if role == OTHER and all(o.picked for o in weight.origins) else role
+        terms = weight.at(self._forward(operation, meant, weight), module_scope(self.full_scope))
         groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
-        cost = Cost()
+        self.uncounted.append(len(self.reads))
         for origin in weight.origins:
             dims: dict[str, Any] = {}
             if role != OTHER:
@@ -187,41 +203,58 @@ class Context:
             scope = module_scope(self.here)
             site = CallSite(origin.leaf, name, scope=scope, role=kind, **dims)
             self.reads.append(Read(site, _served(terms), groups))
-        index = len(self.reads) - 1
+        return terms
 
-        def report(spent: Cost) -> None:
-            cost.flops += spent.flops
-            cost.bytes += spent.bytes
-            self.reads[index] = dataclasses.replace(
-                self.reads[index], flops=cost.flops, bytes=cost.bytes
-            )
+    def _count(self, eqn: JaxprEqn, operands: Sequence[Any], before: int) -> None:
+        """Writes down what an equation costs beyond the unadapted one, at the first of its reads.
 
-        return terms, report
+        Args:
+          before: how many reads there were before it. What they cost that it met inside is theirs.
+        """
+        at = next((i for i in self.uncounted if i >= before), None)
+        if at is None:
+            return
+        self.uncounted[:] = [i for i in self.uncounted if i < before]
+        quiet = dataclasses.replace(
+            self, on_dense="allow", reads=[], memo={}, counts=False, uncounted=[]
+        )
+        beyond = cost_beyond_plain(functools.partial(registry.apply, quiet, eqn), operands)
+        inside = total(Cost(r.flops, r.bytes) for r in self.reads[before:])
+        flops, size = (max(b - i, 0) for b, i in zip(beyond, inside, strict=True))
+        self.reads[at] = dataclasses.replace(self.reads[at], flops=flops, bytes=size)
 
     def _forward(self, operation: str, role: Any, weight: Weight) -> Any:
         """Returns the role of the site that a site in a backward pass belongs to.
 
         The backward pass of a projection reads as a lookup, as its rows are summed over, and that
-        of a one-hot lookup as a projection. Transposed twice it is what it was; and so is what a
-        checkpoint's backward pass computes again.
+        of a one-hot lookup as a projection.
         """
-        if role == OTHER or all(t.sites is None for t in weight.terms):
+        if all(t.sites is None for t in weight.terms):
             return role
-        scope = self.full_scope
-        turned = scope.count("transpose(") - scope.count("rematted_computation")
-        if turned % 2 == 0 or operation in ("gather", "dynamic_slice"):
+        if not marks_are_known():
+            leaf = weight.origins[0].leaf
+            raise RuntimeError(
+                f"adapt: {self.shown.get(leaf, leaf)!r} has separate adapters for its call sites, "
+                f"and with jax {jax.__version__} it cannot be told which of them a step of a "
+                "backward pass belongs to: the marks on its name stacks are not those of earlier "
+                "releases. Tie the adapters (ensure_weight_tying=None or True), or use a release "
+                "of jax that flax_tied_lora was tested with"
+            )
+        if role == OTHER or operation in ("gather", "dynamic_slice"):
+            return role
+        if not is_backward(self.full_scope):
             return role
         return PROJECTION if role == LOOKUP else LOOKUP
 
     def dense(self, eqn: JaxprEqn, weight: Weight) -> Any:
-        """Returns a weight added up, and reports it unless there is nothing to add."""
-        return self._added_up(eqn.primitive.name, weight)
+        """Returns a weight materialised, and reports it unless it is an array as it stands."""
+        return self._materialised(eqn.primitive.name, weight)
 
     def returned(self, weight: Weight) -> Any:
-        """Returns a weight added up because the function hands it back."""
-        return self._added_up("return", weight)
+        """Returns a weight materialised because the function hands it back."""
+        return self._materialised("return", weight)
 
-    def _added_up(self, operation: str, weight: Weight) -> Any:
+    def _materialised(self, operation: str, weight: Weight) -> Any:
         # What was picked and went elsewhere than into a product was a lookup after all.
         picked = all(o.picked for o in weight.origins)
         if not picked:
@@ -231,7 +264,7 @@ class Context:
             if picked or operation != "return":
                 self.read(operation, weight, OTHER)
         else:
-            self.added_up(operation, weight, terms)
+            self.materialises(operation, weight, terms)
         return weight.dense(terms)
 
     def _refuse_separate(self, operation: str, weight: Weight) -> None:
@@ -246,8 +279,8 @@ class Context:
                 "(register_rule)"
             )
 
-    def added_up(self, operation: str, weight: Weight, terms: Sequence[Term]) -> None:
-        """Reports that terms of a weight are added up into an array of its size, or refuses it."""
+    def materialises(self, operation: str, weight: Weight, terms: Sequence[Term]) -> None:
+        """Reports that terms of a weight are made an array of its size, or refuses it."""
         groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
         undropped = any(isinstance(t, LowRank) and t.key is not None for t in terms)
 
@@ -267,7 +300,7 @@ def _is_plain(weight: Weight, terms: Sequence[Term]) -> bool:
 
 
 def _served(terms: Sequence[Term]) -> str:
-    """Returns how a call site is served by terms that need not be added up."""
+    """Returns how a call site is served by terms that need not be materialised."""
     adapters = [t for t in terms if t.group]
     if any(isinstance(t, LowRank) for t in adapters):
         return "low rank"
@@ -279,7 +312,4 @@ def _served(terms: Sequence[Term]) -> str:
 
 
 def _bytes(weight: Weight) -> int:
-    size = jax.numpy.dtype(weight.dtype).itemsize
-    for n in weight.shape:
-        size *= n
-    return size
+    return math.prod(weight.shape) * jax.numpy.dtype(weight.dtype).itemsize

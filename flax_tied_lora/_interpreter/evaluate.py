@@ -15,11 +15,13 @@ from jax.extend.core import Jaxpr, Var
 from jax.extend.core import Literal as Constant
 
 from flax_tied_lora._algebra.weight import Weight
-from flax_tied_lora._interpreter import registry
 from flax_tied_lora._interpreter.equations import last_uses, run, variables
+from flax_tied_lora._interpreter.protocols import Evaluation
 
 
-def evaluate(context: Any, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def evaluate(
+    context: Evaluation, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
+) -> list[Any]:
     """Returns the outputs of a jaxpr; arguments and outputs are arrays or weights."""
     env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
@@ -58,7 +60,7 @@ def evaluate(context: Any, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[A
         context.here = str(eqn.source_info.name_stack)
         folded = [x.fold(index) if isinstance(x, Weight) else x for x in operands]
         with eqn.ctx.manager, _named(context.here):
-            outputs = registry.apply(context, eqn, folded)
+            outputs = context.apply(eqn, folded)
         context.here = ""
         keep(index, start, eqn.outvars, outputs)
     run_untouched(start, len(eqns))

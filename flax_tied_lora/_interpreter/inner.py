@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.evaluate import evaluate
+from flax_tied_lora._interpreter.protocols import Evaluation
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.sites import Read
 from flax_tied_lora._tree.keys import is_key
@@ -25,7 +26,7 @@ def _rename(weight: Weight, names: Callable[[str], str]) -> Weight:
     return weight.replace(terms=terms, origins=origins)
 
 
-class Names:
+class StandIns:
     """Stand-ins for the names of leaves, so that six layers have one structure."""
 
     def __init__(self) -> None:
@@ -38,11 +39,12 @@ class Names:
         return {v: k for k, v in self.stand_ins.items()}.get(name, name)
 
 
-def shown_by(context: Any, names: Names) -> dict[str, str]:
+def shown_by(context: Evaluation, names: StandIns) -> dict[str, str]:
     return {hidden: context.shown.get(name, name) for name, hidden in names.stand_ins.items()}
 
 
-def flatten(operands: Sequence[Any]) -> tuple[list[Any], Any]:
+def parts_of(operands: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Returns the arrays of arrays and weights, and their structure."""
     return jax.tree.flatten(list(operands))
 
 
@@ -57,8 +59,8 @@ class Rebuilt:
 
 
 def rebuild(
-    context: Any, key: Any, body: Callable[..., tuple[list[Any], Any]], operands: Sequence[Any],
-    avals: Sequence[Any], names: Names,
+    context: Evaluation, key: Any, body: Callable[..., tuple[list[Any], Any]],
+    operands: Sequence[Any], avals: Sequence[Any], names: StandIns,
 ) -> Rebuilt:  # fmt: skip
     """Returns the program ``body(inner_context, *operands)`` traced on parts; memoised.
 
@@ -68,7 +70,7 @@ def rebuild(
       operands: arrays and weights, whose structure is used.
       avals: of the flattened operands.
     """
-    _, tree = flatten(operands)
+    _, tree = parts_of(operands)
     weights = [x for x in operands if isinstance(x, Weight)]
     # What is known of the leaves, and where a term depends on it the outer scope, goes in too.
     known = tuple((hidden, context.leaves.get(name)) for name, hidden in names.stand_ins.items())
@@ -84,7 +86,7 @@ def rebuild(
             result.reads, Provenance(), leaves=leaves, shown=shown_by(context, names)
         )
         outputs, result.extra = body(inner, *jax.tree.unflatten(tree, flat))
-        arrays, result.outputs = flatten(outputs)
+        arrays, result.outputs = parts_of(outputs)
         return arrays
 
     result.jaxpr = jax.make_jaxpr(traced)(*avals)
@@ -92,7 +94,7 @@ def rebuild(
     return result
 
 
-def met(context: Any, reads: Sequence[Read], names: Names) -> None:
+def met(context: Evaluation, reads: Sequence[Read], names: StandIns) -> None:
     context.met(
         [
             dataclasses.replace(
@@ -105,12 +107,12 @@ def met(context: Any, reads: Sequence[Read], names: Names) -> None:
     )
 
 
-def hidden_names(operands: Sequence[Any]) -> tuple[list[Any], Names]:
-    names = Names()
+def hidden_names(operands: Sequence[Any]) -> tuple[list[Any], StandIns]:
+    names = StandIns()
     return [_rename(x, names.hide) if isinstance(x, Weight) else x for x in operands], names
 
 
-def shown(outputs: Sequence[Any], names: Names) -> list[Any]:
+def shown(outputs: Sequence[Any], names: StandIns) -> list[Any]:
     return [_rename(x, names.show) if isinstance(x, Weight) else x for x in outputs]
 
 
@@ -124,7 +126,7 @@ def avals_of(operands: Sequence[Any], inner: Sequence[Var]) -> list[Any]:
 
 
 def one_hot_operands(
-    context: Any, eqn: Any, skip: int = 0, walked: int | None = None
+    context: Evaluation, eqn: JaxprEqn, skip: int = 0, walked: int | None = None
 ) -> frozenset[tuple[int, int]]:
     """Returns the operands of the inner program that are one-hot, each with an axis that it is so.
 
@@ -141,26 +143,31 @@ def one_hot_operands(
 
 
 def run_with(
-    context: Any, eqn: Any, operands: Sequence[Any], outputs: Sequence[Any], **changes: Any
+    context: Evaluation,
+    eqn: JaxprEqn,
+    operands: Sequence[Any],
+    outputs: Sequence[Any],
+    **changes: Any,
 ) -> list[Any]:
     """Runs an equation with other operands, outputs and parameters."""
     invars = [Var(jax.typeof(x)) for x in operands]
     outvars = [Var(aval) for aval in outputs]
     effects = changes.pop("effects", eqn.effects)
     new = eqn.replace(
-        invars=invars, outvars=outvars, params={**eqn.params, **changes}, effects=effects
+        invars=[*invars], outvars=outvars, params={**eqn.params, **changes}, effects=effects
     )
     return context.run(new, operands)
 
 
 def evaluate_inner(
-    context: Any, jaxpr: Any, hot: frozenset[tuple[int, int]], operands: Sequence[Any]
-) -> list[Any]:
+    context: Evaluation, jaxpr: ClosedJaxpr, hot: frozenset[tuple[int, int]],
+    operands: Sequence[Any],
+) -> list[Any]:  # fmt: skip
     context.provenance = Provenance(hot)
     return evaluate(context, jaxpr.jaxpr, jaxpr.consts, operands)
 
 
-def handed_back(context: Any, outputs: Sequence[Any]) -> list[Any]:
+def handed_back(context: Evaluation, outputs: Sequence[Any]) -> list[Any]:
     return [context.returned(x) if isinstance(x, Weight) else x for x in outputs]
 
 

@@ -1,4 +1,4 @@
-"""What is said where a weight is added up."""
+"""What is said where a weight is materialised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax_tied_lora._interpreter.sites import DENSE, DEQUANTISED, Read
 
 
 class DensifyWarning(UserWarning):
-    """A weight and its delta were added up into one array, at the cost of that array."""
+    """A weight and its delta were materialised as one array, at the cost of that array."""
 
     __module__ = "flax_tied_lora"
 
@@ -22,7 +22,7 @@ class DensifyError(ValueError):
 
 
 def densified(read: Read) -> str:
-    """Returns the message for a call site that had its weight added up."""
+    """Returns the message for a call site that had its weight materialised."""
     site = read.site
     where = f" in {site.scope!r}" if site.scope else ""
     what = "is handed back" if site.operation == "return" else f"is read by {site.operation!r}"
@@ -36,20 +36,20 @@ def densified(read: Read) -> str:
     dropout = ", and dropout, which is on, does nothing here" if read.undropped else ""
     return (
         f"adapt: {site.leaf!r} {what}{where}, {reason_for(site.operation)}; the weight and its "
-        f"delta were added up into one array of {read.bytes:,} bytes{dropout}. Take it out of "
+        f"delta were materialised as one array of {read.bytes:,} bytes{dropout}. Take it out of "
         'target_modules, write a rule (register_rule), or accept the cost with on_dense="allow"'
     )
 
 
 def warn_of_dense(reads: Sequence[Read], stacklevel: int = 3) -> None:
-    """Warns once for each call site that had its weight added up."""
+    """Warns once for each call site that had its weight materialised."""
     for read in dict.fromkeys(r for r in reads if r.served in (DENSE, DEQUANTISED)):
         warnings.warn(densified(read), DensifyWarning, stacklevel=stacklevel)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
-    """Why some operations have a weight added up.
+    """Why some operations have a weight materialised.
 
     Attributes:
       why: what warnings and the page say.
@@ -151,5 +151,5 @@ _BY_OPERATION = {name: reason.why for reason in REASONS for name in reason.opera
 
 
 def reason_for(operation: str) -> str:
-    """Returns why an operation has a weight added up."""
+    """Returns why an operation has a weight materialised."""
     return _BY_OPERATION.get(operation, OTHERWISE)

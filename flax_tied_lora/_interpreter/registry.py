@@ -9,35 +9,50 @@ Without a rule the weight is added up, which is always correct and always report
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
+import jax
+import numpy as np
 from jax.extend.core import JaxprEqn, Primitive
 
-from flax_tied_lora._algebra.factor import MixedAxesError
+from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._interpreter.protocols import Rule, RuleContext
+from flax_tied_lora._interpreter.same_function import CUSTOM_CALLS, is_call_of
 
-Rule = Callable[..., Any]
+R = TypeVar("R", bound=Rule)
+# What jax.custom_vjp returns has no public type.
+Operation = Primitive | str | Callable[..., Any]
 
 _RULES: dict[str, Rule] = {}
-_CUSTOM: dict[str, Rule] = {}
+_CUSTOM: dict[Callable[..., Any], Rule] = {}
 
 
-def register_rule(operation: Any, rule: Rule | None = None) -> Any:
+@overload
+def register_rule(operation: Operation, rule: None = None) -> Callable[[R], R]: ...
+@overload
+def register_rule(operation: Operation, rule: R) -> R: ...
+def register_rule(operation: Operation, rule: Any = None) -> Any:
     """Registers how an operation is served when a symbolic weight is among its operands.
 
     Usable as a decorator. The rule is called ``rule(context, equation, *operands)`` and returns the
-    list of the operation's outputs, or `NotImplemented` to have the weight added up after all.
+    list of the operation's outputs, or `NotImplemented` to have the weight materialised after all.
+
+    A traced program does not say which `jax.custom_vjp` or `jax.custom_jvp` function it calls. The
+    rule of one is used where program and derivative of the call are those of the function on the
+    same arrays. A call through `jax.vmap`, or with anything but arrays, is not recognised: its
+    weights are materialised. `custom_rule` makes a function that carries its rule with it.
 
     Args:
       operation: a `jax.extend.core.Primitive` or its name; or a function made with
-        `jax.custom_vjp` or `jax.custom_jvp`, which without a rule gets the weight added up, so that
-        its author's derivative is kept.
+        `jax.custom_vjp` or `jax.custom_jvp` that takes arrays one by one. Without a rule the weight
+        that enters it is materialised, so that its author's derivative is kept.
       rule: the rule.
 
     Raises:
       TypeError: ``operation`` is none of these.
-      ValueError: the function closes over something: functions of one definition that differ in
-        that could not be told apart.
+      ValueError: the function closes over something, or has arguments that are not traced
+        (``nondiff_argnums``), so that a traced program does not show all that a call depends on.
 
     Example::
 
@@ -52,21 +67,34 @@ def register_rule(operation: Any, rule: Rule | None = None) -> Any:
         _RULES[operation.name] = rule
     elif isinstance(operation, str):
         _RULES[operation] = rule
-    elif hasattr(operation, "defvjp") or hasattr(operation, "defjvp"):
-        if getattr(operation.__wrapped__, "__closure__", None):
-            raise ValueError(
-                f"register_rule: {operation.__wrapped__.__name__!r} closes over "
-                f"{', '.join(operation.__wrapped__.__code__.co_freevars)}; functions that differ "
-                "only in that cannot be told apart in a traced program. Pass it as an argument "
-                "(nondiff_argnums), or define the function at module level"
-            )
-        _CUSTOM[_source_of(operation.__wrapped__)] = rule
+    elif isinstance(operation, jax.custom_vjp | jax.custom_jvp):
+        _refuse_hidden_inputs(operation)
+        _CUSTOM[operation] = rule
     else:
         raise TypeError(
             "register_rule: expected a jax.extend.core.Primitive, its name, or a jax.custom_vjp "
-            f"or jax.custom_jvp function, got {type(operation).__name__}"
+            f"or jax.custom_jvp function, got {type(operation).__name__}; a function of any other "
+            "kind gets its rule by tied_lora.custom_rule(function, rule)"
         )
     return rule
+
+
+def _refuse_hidden_inputs(function: Any) -> None:
+    """Refuses a function that depends on more than the operands of its calls."""
+    wrapped = function.__wrapped__
+    name = getattr(wrapped, "__name__", repr(wrapped))
+    remedy = "use tied_lora.custom_rule(function, rule), which knows its function"
+    if getattr(wrapped, "__closure__", None):
+        raise ValueError(
+            f"register_rule: {name!r} closes over {', '.join(wrapped.__code__.co_freevars)}; "
+            "functions that differ in what they close over cannot always be recognised in a "
+            f"traced program. Define the function at module level, or {remedy}"
+        )
+    if function.nondiff_argnums:
+        raise ValueError(
+            f"register_rule: {name!r} has nondiff_argnums={tuple(function.nondiff_argnums)}, "
+            f"which its calls in a traced program do not show; {remedy}"
+        )
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -80,29 +108,42 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return decorate
 
 
-def _source_of(function: Any) -> str:
-    code = function.__code__
-    return f"{function.__name__} at {code.co_filename}:{code.co_firstlineno}"
-
-
 def find(eqn: JaxprEqn) -> Rule | None:
     """Returns the rule for an equation, or None."""
-    call = eqn.params.get("call_jaxpr")
-    if eqn.primitive.name in ("custom_vjp_call", "custom_jvp_call") and call is not None:
-        return _CUSTOM.get(call.jaxpr.debug_info.func_src_info)
+    if eqn.primitive.name in CUSTOM_CALLS:
+        return next((rule for f, rule in _CUSTOM.items() if is_call_of(eqn, f)), None)
     return _RULES.get(eqn.primitive.name)
 
 
-def apply(context: Any, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Returns the outputs of an equation that has a weight among its operands."""
+def apply(context: RuleContext, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of an equation that has a weight among its operands.
+
+    Raises:
+      ValueError: its rule returned other outputs than it has.
+    """
     found = find(eqn)
     if found is not None:
         try:
             outputs = found(context, eqn, *operands)
-        except MixedAxesError:
+        except NotServedError:
             outputs = NotImplemented
         if outputs is not NotImplemented:
-            return list(outputs)
+            return _checked(eqn, outputs)
     return context.run(
         eqn, [context.dense(eqn, x) if isinstance(x, Weight) else x for x in operands]
+    )
+
+
+def _checked(eqn: JaxprEqn, outputs: Any) -> list[Any]:
+    """Returns what a rule returned, having checked that these are an equation's outputs."""
+    shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+    if not isinstance(outputs, list | tuple):
+        found = f"a {type(outputs).__name__}"
+    elif (given := [np.shape(x) for x in outputs]) != shapes:
+        found = f"outputs of shapes {given}"
+    else:
+        return list(outputs)
+    raise ValueError(
+        f"adapt: the rule for {eqn.primitive.name!r} returned {found}; expected a list of outputs "
+        f"of shapes {shapes}, or NotImplemented"
     )

@@ -51,11 +51,12 @@ class Read:
     Attributes:
       site: the call site.
       served: ``"low rank"``, ``"rows"`` (some rows are replaced), ``"copy"`` (a trainable copy of
-        the whole), ``"dense"`` (the weight was added up), ``"plain"`` (as it was), ``"quantised"``
-        (as it is stored), or ``"dequantised"`` (into one array).
+        the whole), ``"dense"`` (the weight was materialised), ``"plain"`` (as it was),
+        ``"quantised"`` (as it is stored), or ``"dequantised"`` (into one array).
       groups: keys of the adapters that were applied.
-      flops, bytes: what it cost beyond the unadapted operation.
-      undropped: whether dropout is on, and the weight was added up, so that it has none here.
+      flops, bytes: what it cost beyond the unadapted operation, as `explain` counts it. Of an
+        operation that reads several leaves at once all is at the first, so that sums are right.
+      undropped: whether dropout is on, and the weight was materialised, so that it has none here.
     """
 
     site: CallSite
@@ -146,14 +147,13 @@ def with_batch(reads: Iterable[Read], ndims: Mapping[str, int]) -> tuple[Read, .
     """Returns the reads with their sites' batch axes complete.
 
     What a leaf is multiplied or looked up along is rows and columns; the axes left over were
-    walked on the way there, by a scan or an index.
+    walked before that, by a scan or an index.
     """
     result = []
     for read in reads:
         site = read.site
         if site.role != OTHER and site.leaf in ndims:
-            own = {*site.rows, *site.cols}
-            batch = tuple(a for a in range(ndims[site.leaf]) if a not in own)
+            batch = tuple(a for a in range(ndims[site.leaf]) if a not in (*site.rows, *site.cols))
             read = dataclasses.replace(read, site=dataclasses.replace(site, batch=batch))
         result.append(read)
     return tuple(result)
@@ -179,14 +179,13 @@ def module_scope(*stacks: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LeafInfo:
-    """What is known of an adapted leaf: which of its axes are rows, columns and batch.
+    """What is known of an adapted leaf that its terms do not say: a copy has no factors.
 
     Attributes:
-      rows, cols, batch: axes in the leaf's own layout.
+      rows, batch: axes in the leaf's layout.
       is_table: rows are picked from it by index.
     """
 
     rows: tuple[int, ...]
-    cols: tuple[int, ...]
     batch: tuple[int, ...] = ()
     is_table: bool = False

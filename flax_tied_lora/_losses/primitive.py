@@ -17,7 +17,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from flax_tied_lora._algebra.factor import accumulator
-from flax_tied_lora._losses.chunked import Loss, total, total_and_gradients
+from flax_tied_lora._losses.chunked import total, total_and_gradients
+from flax_tied_lora._losses.loss import Loss
 from flax_tied_lora._tree.sharding import varying
 
 NAME = "linear_cross_entropy"
@@ -42,9 +43,9 @@ def computed(*operands: Any, loss: Loss, mapped: Mapped) -> Array:
 
 
 def _mapped(function: Callable[..., Any], mapped: Mapped) -> Callable[..., Any]:
-    """Returns a function under the `jax.vmap` that there are around it."""
+    """Returns a function under each `jax.vmap` that is around it."""
     for flags in reversed(mapped):
-        function = jax.vmap(function, in_axes=[0 if own else None for own in flags])
+        function = jax.vmap(function, in_axes=[0 if axis else None for axis in flags])
     return function
 
 
@@ -109,7 +110,7 @@ def _batched(
     front = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, axes, strict=True)]
     flags = tuple(a is not None for a in axes)
     if flags[0]:
-        loss = loss.in_one_lane()  # the examples are what devices have of their own
+        loss = loss.in_one_lane()  # devices split the examples
     return bind(loss, front, (flags, *mapped)), 0
 
 

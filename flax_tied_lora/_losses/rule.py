@@ -1,4 +1,4 @@
-"""The library's own loss: its table goes into it in parts."""
+"""The rule of this library's loss: its table goes into it in parts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 
-from flax_tied_lora._algebra.factor import Cost
+from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.site_filter import PROJECTION
-from flax_tied_lora._algebra.weight import Dense, Weight
+from flax_tied_lora._algebra.term import Dense
+from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._interpreter.costs import Cost, cost, cost_of
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.registry import rule
-from flax_tied_lora._losses.chunked import Loss
+from flax_tied_lora._losses.loss import Loss
 from flax_tied_lora._losses.primitive import NAME, bind, computed, linear_cross_entropy_p
 
 
@@ -23,9 +25,9 @@ def linear_cross_entropy(context, eqn, *operands):
     loss, mapped = eqn.params["loss"], eqn.params["mapped"]
     *others, table = operands
     if loss.table.num_leaves != 1:
-        return NotImplemented  # it has been given in parts already
+        raise NotServedError  # it has been given in parts already
     if isinstance(others[0], Weight):
-        return NotImplemented
+        raise NotServedError
     others = [context.dense(eqn, x) if isinstance(x, Weight) else x for x in others]
     if not isinstance(table, Weight):
         return [linear_cross_entropy_p.bind(*others, table, **eqn.params)]
@@ -33,19 +35,16 @@ def linear_cross_entropy(context, eqn, *operands):
         # A table for each example: in plain JAX, which computes logits again for its gradients.
         plain = functools.partial(computed, loss=loss, mapped=mapped)
         return [context.evaluate(plain, *others, table)]
-    cost = _cost(context, loss, others[0], table)
-    if cost is None:
-        return NotImplemented
+    if _has_to_be_dense(context, loss, others[0], table):
+        raise NotServedError
     width = 1 - loss.vocab_axis
-    terms, report = context.read(NAME, table, PROJECTION, rows=[width], cols=[loss.vocab_axis])
-    own = table.replace(terms=tuple(dataclasses.replace(t, sites=None) for t in terms))
-    if _is_array(own):
-        (term,) = own.terms
-        return [bind(loss, [*others, term.dense(own.shape, own.dtype)], mapped)]
-    if len(terms) < len(table.terms):  # not all are for this call site
-        cost = _cost(context, loss, others[0], own)
-    report(cost)
-    leaves, parts = jax.tree.flatten(own)
+    terms = context.read(NAME, table, PROJECTION, rows=[width], cols=[loss.vocab_axis])
+    # Within the loss there is one call site, which all terms that are left are for.
+    table = table.replace(terms=tuple(dataclasses.replace(t, sites=None) for t in terms))
+    if _is_array(table):
+        (term,) = table.terms
+        return [bind(loss, [*others, term.dense(table.shape, table.dtype)], mapped)]
+    leaves, parts = jax.tree.flatten(table)
     flags = tuple((*level[:-1], *[False] * len(leaves)) for level in mapped)
     return [bind(dataclasses.replace(loss, table=parts), [*others, *leaves], flags)]
 
@@ -54,19 +53,25 @@ def _is_array(table: Weight) -> bool:
     return len(table.terms) == 1 and isinstance(table.terms[0], Dense) and table.scale is None
 
 
-def _cost(context: Any, loss: Loss, hidden: Any, table: Weight) -> Cost | None:
-    """Returns what the parts cost beyond the plain product; None where they have to be added up."""
-    tokens, width = hidden.shape[-2:]
-    chunk = min(loss.lanes * loss.chunk, tokens)
-    inner = context.inside([], Provenance(), on_dense="allow")
+def _has_to_be_dense(context: Any, loss: Loss, hidden: Any, table: Weight) -> bool:
+    """Returns whether a part of the table has to be materialised."""
+    inner = context.inside([], Provenance(), on_dense="allow", counts=False)
     leaves, parts = jax.tree.flatten(table)
     loss = dataclasses.replace(loss, table=parts)
+    jax.eval_shape(functools.partial(loss.project, context=inner), _chunk(loss, hidden), leaves)
+    return any(r.served == "dense" for r in inner.reads)
 
-    def project(hidden: Any, *leaves: Any) -> Any:
-        return loss.project(hidden, leaves, context=inner)
 
-    jax.eval_shape(project, jax.ShapeDtypeStruct((chunk, width), hidden.dtype), *leaves)
-    if any(r.served == "dense" for r in inner.reads):
-        return None
-    flops, size = sum(r.flops for r in inner.reads), sum(r.bytes for r in inner.reads)
-    return Cost(flops * (hidden.size // width) // max(chunk, 1), size)
+def _chunk(loss: Loss, hidden: Any) -> jax.ShapeDtypeStruct:
+    """Returns shape and dtype of a chunk of hidden states."""
+    tokens, width = hidden.shape[-2:]
+    return jax.ShapeDtypeStruct((min(loss.lanes * loss.chunk, tokens), width), hidden.dtype)
+
+
+@cost_of(NAME)
+def _cost(eqn: Any) -> Cost:
+    """Returns the FLOPs of the products of all tokens, and the bytes of those of a chunk."""
+    loss, (hidden, *rest) = eqn.params["loss"], [v.aval for v in eqn.invars]
+    chunk = _chunk(loss, hidden)
+    flops, size = cost(jax.make_jaxpr(loss.project)(chunk, rest[loss.first - 1 :]).jaxpr)
+    return Cost(flops * (hidden.size // chunk.shape[1]) // max(chunk.shape[0], 1), size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,19 +10,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._tree.sharding import automatic_parts, explicit, parts, single
+from flax_tied_lora._algebra.for_cpu import ROWS
+from flax_tied_lora._tree.sharding import automatic_shard_count, explicit, shard_count
 
 # Tokens of a chunk: a sixteenth of all, within these bounds in each lane. Fewer than 128 leave
 # products too thin to be worth reading the table for; more than 1,024 gain nothing.
 SHARE, LEAST, MOST = 16, 128, 1024
 
-# Rows of a chunk's logits whose gradient is computed at the same time, on the CPU, and of how many
-# chunks: of more, a chunk's memory is little beside all that the logits would take.
-ROWS, FEW_CHUNKS = 8, 4
+# Of so few chunks a chunk's gradient is to have the memory of its logits: of more, a chunk's memory
+# is little beside all that the logits would take.
+FEW_CHUNKS = 4
 
 
 def lanes_of(hidden: Array) -> int:
-    """Returns in how many lanes tokens are taken: runs of them that devices may have of their own.
+    """Returns in how many lanes tokens are taken: runs of them that devices may split among them.
 
     On Explicit mesh axes as many as tokens are split into. On Auto ones that is not known: as many
     as there are devices, or as the first axis can be split into of them.
@@ -35,8 +35,8 @@ def lanes_of(hidden: Array) -> int:
     if hidden.ndim < 2 or not hidden.size:
         return 1
     if (sharding := explicit(aval)) is not None:
-        return parts(sharding.mesh, sharding.spec[0])
-    return math.gcd(automatic_parts(hidden), hidden.shape[0])
+        return shard_count(sharding.mesh, sharding.spec[0])
+    return math.gcd(automatic_shard_count(hidden), hidden.shape[0])
 
 
 def chunk_of(tokens: int, lanes: int) -> int:
@@ -92,8 +92,8 @@ def by_chunks(
     def body(carry: Any, each: Any) -> Any:
         number, chunk = each
         number = _on_lanes(number, data[0]) if lead else number
-        own = (number, *chunk) if carry is None else (carry, number, *chunk)
-        out = jax.vmap(step)(*own) if lead else step(*own)
+        args = (number, *chunk) if carry is None else (carry, number, *chunk)
+        out = jax.vmap(step)(*args) if lead else step(*args)
         return (None, out) if carry is None else out
 
     if start is not None and lead:
@@ -106,33 +106,11 @@ def by_chunks(
     return joined, [jnp.sum(x, axis=0) for x in ends] if lead else ends
 
 
-def by_rows(function: Callable[..., Array], array: Array, *beside: Array) -> Array:
-    """Returns a function of an array's rows, [rows, columns], and of what is beside each of them.
-
-    The result has the array's memory, if nothing reads that later. XLA for the CPU does not see to
-    it where the array is a loop's; a loop over a few rows at a time does.
-    """
-    rows = array.shape[0]
-    size = next((n for n in range(min(rows, ROWS), 0, -1) if rows % n == 0), rows)
-    if size == rows or not single(array):
-        return function(array, *beside)
-
-    def in_place(array: Array, *beside: Array) -> Array:
-        def body(i: Any, array: Array) -> Array:
-            take = functools.partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
-            own = [take(x, i * size, size) for x in (array, *beside)]
-            put = lax.dynamic_update_slice_in_dim
-            return put(array, function(*own), i * size, 0, allow_negative_indices=False)
-
-        return lax.fori_loop(0, rows // size, body, array)
-
-    return lax.platform_dependent(array, *beside, cpu=in_place, default=function)
-
-
 def _on_lanes(x: Array, tokens: Array) -> Array:
     """Returns an array [lanes, ...], on Explicit mesh axes split into lanes as the tokens are."""
-    whole, own = explicit(jax.typeof(tokens)), explicit(jax.typeof(x))
-    if whole is None:
+    of_tokens, of_x = explicit(jax.typeof(tokens)), explicit(jax.typeof(x))
+    if of_tokens is None:
         return x
-    rest = [None] * (x.ndim - 1) if own is None else own.spec[1:]
-    return jax.sharding.reshard(x, jax.NamedSharding(whole.mesh, jax.P(whole.spec[0], *rest)))
+    rest = [None] * (x.ndim - 1) if of_x is None else of_x.spec[1:]
+    spec = jax.P(of_tokens.spec[0], *rest)
+    return jax.sharding.reshard(x, jax.NamedSharding(of_tokens.mesh, spec))

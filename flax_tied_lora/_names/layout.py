@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 KINDS = ("linear", "conv1d", "embedding", "conv", "vector", "parameter")
+_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<index>\d+)|\{(?P<field>[A-Za-z_]\w*)\}"
+                    r"|(?P<open>\()|(?P<close>\)))\s*")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,13 @@ class TorchWeight:
         """How many axes the Flax leaf has."""
         return len(self.part) + sum(map(len, self.dims))
 
+    @property
+    def of_slice(self) -> TorchWeight:
+        """The same parameter, of the leaf's slice alone: a leaf without the axes of ``part``."""
+        sliced = [axis for axis, _ in self.part]
+        dims = tuple(tuple(a - sum(s < a for s in sliced) for a in axes) for axes in self.dims)
+        return dataclasses.replace(self, dims=dims, part=())
+
     def shape(self, leaf_shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the parameter's shape, given the leaf's."""
         return tuple(math.prod(leaf_shape[axis] for axis in axes) for axes in self.dims)
@@ -50,19 +59,21 @@ class TorchWeight:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A layout as a table's line has it: ``part`` may name a placeholder instead of an index."""
+    """A layout as a line of a table has it.
+
+    Attributes:
+      ndim: how many axes the Flax leaf has.
+      dims: as in `TorchWeight`.
+      part: as in `TorchWeight`, but with a placeholder's name where that holds the index.
+    """
 
     ndim: int
     dims: tuple[tuple[int, ...], ...]
     part: tuple[tuple[int, int | str], ...]
 
 
-_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<index>\d+)|\{(?P<field>[A-Za-z_]\w*)\}"
-                    r"|(?P<open>\()|(?P<close>\)))\s*")  # fmt: skip
-
-
 def parse_layout(text: str) -> Layout:
-    """Returns what ``"in heads dim -> (heads dim) in"`` says.
+    """Returns a layout, given its text: ``"in heads dim -> (heads dim) in"``.
 
     On the left the leaf's axes, in order: a name, or for an axis of which the parameter is one
     slice, its index or the placeholder (``{expert}``) that holds it. On the right the parameter's
@@ -98,12 +109,12 @@ def parse_layout(text: str) -> Layout:
 def _tokens(side: str, text: str) -> Iterable[tuple[str, str]]:
     start = 0
     while start < len(side.rstrip()):
-        found = _TOKEN.match(side, start)
-        if not found:
+        token = _TOKEN.match(side, start)
+        if not token:
             raise ValueError(f"layout {text!r} has {side[start:].strip()!r}, which is no axis")
-        start = found.end()
-        assert found.lastgroup
-        yield found.lastgroup, found[found.lastgroup]
+        start = token.end()
+        assert token.lastgroup
+        yield token.lastgroup, token[token.lastgroup]
 
 
 def _groups(tokens: Iterable[tuple[str, str]], text: str) -> Iterable[list[str]]:
@@ -134,19 +145,17 @@ def _axis(names: dict[str, int], name: str, text: str) -> int:
 
 
 def torch_view(leaf: Any, weight: TorchWeight) -> np.ndarray:
-    """Returns the parameter's elements, without a copy where NumPy can do without."""
+    """Returns a parameter's elements as a view of the leaf, or a copy where NumPy needs one."""
     array = np.asarray(leaf)
-    check_ndim(array.shape, weight)
+    _check_ndim(array.shape, weight)
     shape = weight.shape(array.shape)
-    index: list[Any] = [slice(None)] * array.ndim
     for axis, i in weight.part:
         if not -1 < i < array.shape[axis]:
             raise ValueError(
                 f"{weight.name} is slice {i} of axis {axis} of a leaf {list(array.shape)}, "
                 f"which has only {array.shape[axis]}"
             )
-        index[axis] = i
-    return array[tuple(index)].transpose(_order(weight)).reshape(shape)
+    return array[index_of(weight.part, array.ndim)].transpose(_order(weight)).reshape(shape)
 
 
 def to_torch_array(leaf: Any, weight: TorchWeight) -> np.ndarray:
@@ -178,7 +187,7 @@ def from_torch_array(array: Any, weight: TorchWeight, shape: Sequence[int]) -> n
       ValueError: the parameter has another shape than the leaf and the layout ask for.
     """
     array = np.asarray(array)
-    check_ndim(shape, weight)
+    _check_ndim(shape, weight)
     expected = weight.shape(shape)
     if array.shape != expected:
         raise ValueError(
@@ -202,25 +211,30 @@ def from_torch_arrays(
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    parts = [from_torch_array(a, w, shape) for a, w in zip(arrays, weights, strict=True)]
+    slices = [from_torch_array(a, w, shape) for a, w in zip(arrays, weights, strict=True)]
     if not weights[0].part:
-        return parts[0]
-    dtypes = {p.dtype for p in parts}
+        return slices[0]
+    dtypes = {s.dtype for s in slices}
     if len(dtypes) > 1:
         raise ValueError(
             f"{', '.join(w.name for w in weights)} are one Flax leaf and have different dtypes "
             f"({', '.join(sorted(map(str, dtypes)))}): convert them to one first"
         )
-    leaf = np.empty(tuple(shape), parts[0].dtype)
-    for value, weight in zip(parts, weights, strict=True):
-        index: list[Any] = [slice(None)] * leaf.ndim
-        for axis, i in weight.part:
-            index[axis] = i
-        leaf[tuple(index)] = value
+    leaf = np.empty(tuple(shape), slices[0].dtype)
+    for value, weight in zip(slices, weights, strict=True):
+        leaf[index_of(weight.part, leaf.ndim)] = value
     return leaf
 
 
-def check_ndim(shape: Sequence[int], weight: TorchWeight) -> None:
+def index_of(part: Iterable[tuple[int, int]], ndim: int) -> tuple[int | slice, ...]:
+    """Returns what to index a leaf with for one slice of it, given as (axis, index) pairs."""
+    index: list[int | slice] = [slice(None)] * ndim
+    for axis, i in part:
+        index[axis] = i
+    return tuple(index)
+
+
+def _check_ndim(shape: Sequence[int], weight: TorchWeight) -> None:
     """Raises ValueError where a leaf has another number of axes than the layout."""
     if len(shape) != weight.ndim:
         raise ValueError(
@@ -231,6 +245,4 @@ def check_ndim(shape: Sequence[int], weight: TorchWeight) -> None:
 
 def _order(weight: TorchWeight) -> list[int]:
     """Returns the leaf's axes in PyTorch's order, counted without those of ``part``."""
-    taken = [axis for axis, _ in weight.part]
-    order = [axis for axes in weight.dims for axis in axes]
-    return [axis - sum(t < axis for t in taken) for axis in order]
+    return [axis for axes in weight.of_slice.dims for axis in axes]

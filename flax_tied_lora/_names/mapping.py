@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from flax_tied_lora._names.layout import TorchWeight
-from flax_tied_lora._names.table import Line, check_whole, digest, suggestion
+from flax_tied_lora._names.line import Line, check_whole, digest, suggestion
 
 # Modules that pick rows of a tied table; the others that share it multiply by it.
 _LOOKUPS = ("embed_tokens", "embeddings", "embed", "shared", "wte")
 
 
 class UnmappedError(KeyError):
-    """A Flax leaf or a PyTorch name that no line of the table of names is for."""
+    """A Flax leaf, or a PyTorch name, that no line of the table of names fits."""
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would quote it
@@ -29,7 +29,7 @@ class Tie:
 
     Attributes:
       path: of the leaf.
-      names: the PyTorch names, that of the leaf itself not among them.
+      names: the PyTorch names, without the leaf's own.
     """
 
     path: str
@@ -45,12 +45,12 @@ class Names:
     Attributes:
       family: name of the family, or "own".
       lines: the family's table.
-      extra: the user's lines, which go before it.
+      extra: the user's lines, which take precedence over it.
       ties: parameters that are one tensor in PyTorch.
-      prefix: what the names of a model with a head begin with and of one without do not.
+      prefix: what names begin with in a model with a head, and not in one without.
       ignored: patterns of what PyTorch files hold besides parameters.
       renamed: (pattern, replacement) of names in old files.
-      hints: a pattern of paths and what to do where one of those is unmapped; or ().
+      hints: (pattern of paths, what to do where such a path is unmapped), or ().
     """
 
     family: str
@@ -83,36 +83,36 @@ class Names:
           shape: of the leaf, or the number of its axes.
 
         Raises:
-          UnmappedError: no line is for it; the error shows one to add.
+          UnmappedError: no line fits it; the error shows one to add.
           ValueError: the leaf has another number of axes than its line says, or its lines are not
             the whole of it.
         """
         known = None if isinstance(shape, int) else tuple(shape)
         ndim = shape if isinstance(shape, int) else len(shape)
-        found: list[TorchWeight] = []
+        weights: list[TorchWeight] = []
         for table in self._by_path:
             for line in table.get(digest(path), ()):
-                found += line.weights(path, ndim, known) or ()
-            if found:
+                weights += line.weights(path, ndim, known) or ()
+            if weights:
                 break
         else:
             raise UnmappedError(self._no_name(path, known, ndim))
         if known is not None:
-            check_whole(path, found, known)
-        return tuple(found)
+            check_whole(path, weights, known)
+        return tuple(weights)
 
     def to_flax(self, name: str) -> tuple[str, TorchWeight]:
-        """Returns the path of the leaf that a PyTorch parameter is, or is part of, and where in it.
+        """Returns the leaf that a PyTorch parameter is all or part of: its path, and where in it.
 
         The name of a tied parameter without a leaf of its own (``lm_head.weight``) gives the
         input embedding's leaf.
 
         Raises:
-          UnmappedError: no line is for it; the error shows one to add.
+          UnmappedError: no line fits it; the error shows one to add.
         """
         for line in self._by_name.get(digest(name), ()):
-            if found := line.leaf(name):
-                return found
+            if leaf := line.leaf(name):
+                return leaf
         if name in self._tie_of:
             tie = self._tie_of[name]
             weight = self.own_weight(tie)
@@ -126,7 +126,7 @@ class Names:
         raise UnmappedError(self._no_path(name))
 
     def is_ignored(self, name: str) -> bool:
-        """Returns whether a PyTorch tensor is no parameter: a mask, positions."""
+        """Returns whether a PyTorch tensor is not a parameter: a mask, positions."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
     def own_weight(self, tie: Tie) -> TorchWeight:
@@ -165,8 +165,8 @@ class Names:
         leaf = {"weight": "kernel"}.get(parameter, parameter)
         line = ("/".join(filter(None, [module.replace(".", "/"), leaf])), pattern)
         known = [line.name for line in (*self.extra, *self.lines)]
-        near = difflib.get_close_matches(pattern, known, 3)
-        close = f" The table has {', '.join(map(repr, near))}." if near else ""
+        similar = difflib.get_close_matches(pattern, known, 3)
+        close = f" The table has {', '.join(map(repr, similar))}." if similar else ""
         return (
             f"PyTorch parameter {name!r} has no Flax leaf in the table of {self.family!r}.{close} "
             f"Add a line for it, with its leaf's path put right: names_of(..., extra=[{line!r}])"

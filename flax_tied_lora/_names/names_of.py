@@ -1,4 +1,4 @@
-"""`names_of`: the table of names of a family, a config, or a model of one's own."""
+"""`names_of`: the table of names of a family, of a model with a config, or of lines given."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._names import families, gemma, tunix
-from flax_tied_lora._names.families import Family
+from flax_tied_lora._names import gemma_tables, transformers_tables, tunix_tables
+from flax_tied_lora._names.family import Family
+from flax_tied_lora._names.line import make_line
 from flax_tied_lora._names.mapping import Names, Tie, UnmappedError
-from flax_tied_lora._names.table import make_line
 
-_FAMILIES = {**families.FAMILIES, **tunix.FAMILIES, **gemma.FAMILIES}
-# Those with a second form for models with as many key heads as heads.
-_FUSED = {**tunix.FUSED, **gemma.FUSED}
+_FAMILIES = {**transformers_tables.FAMILIES, **tunix_tables.FAMILIES, **gemma_tables.FAMILIES}
+# Those that have other leaves in models with as many key heads as heads.
+_FUSED = {**tunix_tables.FUSED, **gemma_tables.FUSED}
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 
@@ -30,12 +30,12 @@ def names_of(
     Args:
       model: a family's name (``FAMILIES`` lists them), a transformers config, a dict with its
         ``model_type`` (a ``config.json``), a tunix ``ModelConfig``, a gemma ``TransformerConfig``,
-        or None for a model that the lines in ``extra`` are the whole table of.
-      extra: further lines, which go before the family's: see the module's docstring.
+        or None for any other model, whose whole table is ``extra``.
+      extra: further lines, which take precedence over the family's: see `flax_tied_lora.names`.
       tie_word_embeddings: whether input and output are tied; by default what the config says, or
         the family's own default.
-      tied: ``{Flax path: PyTorch modules}`` that share this leaf's tensor, beyond what is known of
-        the family: ``{"embed/embedding": ("lm_head",)}``.
+      tied: ``{Flax path: PyTorch modules that share the leaf's tensor}``, beyond the ties of the
+        family: ``{"embed/embedding": ("lm_head",)}``.
 
     Raises:
       ValueError: the family is not known, or a line of the table is wrong: the line, and why.
@@ -58,7 +58,7 @@ def names_of(
     if tie_word_embeddings is None:
         tie_word_embeddings = _field(model, "tie_word_embeddings")
     if tie_word_embeddings is None:
-        tie_word_embeddings = tunix.tunix_ties(model)
+        tie_word_embeddings = tunix_tables.tunix_ties(model)
     names = Names(name, ())
     if name in _FAMILIES:
         names = _family_names(name, _is_fused(model), tie_word_embeddings)
@@ -77,11 +77,11 @@ def _family_names(name: str, fused: bool, tied: bool | None) -> Names:
     make = _FUSED.get(name, _FAMILIES[name]) if fused else _FAMILIES[name]
     family = make()
     tied = family.tied if tied is None else tied
-    # A tied head is no leaf in Flax: its PyTorch name is one of the table's.
-    gone = family.head_leaf if tied and not family.keeps_head_leaf else None
+    # In Flax a tied head has no leaf: its PyTorch name is another name of the embedding.
+    absent = family.head_leaf if tied and not family.keeps_head_leaf else None
     return Names(
         name,
-        tuple(line for line in family.lines if line.path != gone),
+        tuple(line for line in family.lines if line.path != absent),
         ties=_ties(family, tied),
         prefix=family.prefix,
         ignored=family.ignored,
@@ -106,7 +106,7 @@ def _family_name(model: Any) -> str:
     if model is None:
         return "own"
     name = model if isinstance(model, str) else _field(model, "model_type")
-    name = name or tunix.tunix_family(model) or gemma.gemma_family(model)
+    name = name or tunix_tables.tunix_family(model) or gemma_tables.gemma_family(model)
     if not isinstance(name, str):
         raise ValueError(
             f"names_of takes a family's name, a model's config, a dict with its model_type, or "
@@ -146,9 +146,9 @@ def _check_tie(names: Names, tie: Tie) -> None:
 
 
 def _unknown(name: str) -> str:
-    near = [known for known in FAMILIES if known.startswith(f"tunix/{name}")]
-    if near:
-        hint = f"transformers has no Flax class for it; for tunix's say {near[0]!r}"
+    of_tunix = [known for known in FAMILIES if known.startswith(f"tunix/{name}")]
+    if of_tunix:
+        hint = f"transformers has no Flax class for it; for tunix's say {of_tunix[0]!r}"
     else:
         hint = f"known are {', '.join(FAMILIES)}"
     return (

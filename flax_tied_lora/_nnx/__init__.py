@@ -1,1 +1,4 @@
-"""A wing: the same for an `nnx.Module`. Alone in knowing `flax.nnx`."""
+"""A wing: the same functions for an `nnx.Module`, and `AdaptedModule`.
+
+Knows the verbs and all below; alone in knowing `flax.nnx`.
+"""

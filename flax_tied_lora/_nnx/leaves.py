@@ -35,23 +35,23 @@ def variables_of(module: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def aliases_of(module: nnx.Module) -> dict[str, str]:
-    """Returns the other paths of Variables that a module reaches by several, and the first of each.
+    """Returns ``{other path: first path}`` of the Variables that a module reaches by several paths.
 
-    A shared submodule gives each Variable in it a path more.
+    A shared submodule gives each Variable in it another path.
     """
     shared = {paths[0]: paths[1:] for paths in nnx.find_duplicates(module)}
 
     def others(path: _Path, via: frozenset[_Path] = frozenset()) -> list[_Path]:
-        """Returns all paths of a node but its first; ``via`` keeps cycles from going round."""
+        """Returns all paths of a node but its first; ``via`` are the nodes that led to it."""
         if not path or path in via:
             return []
-        found, via = [], via | {path}
-        for own in (path, *shared.get(path, ())):
-            if own[: len(path)] == path and own != path:
-                continue  # by way of itself
-            found.append(own)
-            found += [(*above, own[-1]) for above in others(own[:-1], via)]
-        return found[1:]
+        paths, via = [], via | {path}
+        for known in (path, *shared.get(path, ())):
+            if known[: len(path)] == path and known != path:
+                continue  # by way of the node itself
+            paths.append(known)
+            paths += [(*parent, known[-1]) for parent in others(known[:-1], via)]
+        return paths[1:]
 
     return {
         name_of(other): name_of(path)
@@ -61,41 +61,41 @@ def aliases_of(module: nnx.Module) -> dict[str, str]:
 
 
 def params_of(module: nnx.Module) -> dict[str, Any]:
-    """Returns the params of a module as nested dicts of arrays, under every path that they have."""
+    """Returns the params of a module as nested dicts, each array under every path that it has."""
     leaves = {name: x.get_raw_value() for name, x in variables_of(module).items()}
-    return nested(leaves | {name: leaves[first] for name, first in aliases_of(module).items()})
+    return _nested(leaves | {name: leaves[first] for name, first in aliases_of(module).items()})
 
 
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns nested dicts of leaves by path."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        *above, last = name.split("/")
-        here = tree
-        for entry in above:
-            here = here.setdefault(entry, {})
-        here[last] = leaf
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
     return tree
 
 
 def check_aliases(what: str, plan: Plan, aliases: Mapping[str, str]) -> None:
-    """Refuses a plan that treats the paths of one Variable differently.
+    """Checks that a plan treats all paths of one Variable alike.
 
     Raises:
-      ValueError: it does.
+      ValueError: it does not.
     """
-    places = {m.path: (g, m) for g in plan.groups for m in g.members}
+    members = {m.path: (g, m) for g in plan.groups for m in g.members}
     for other, first in aliases.items():
-        group, member = places.get(first, (None, None))
-        another, same = places.get(other, (None, None))
-        apart = group is not another or (
+        group, member = members.get(first, (None, None))
+        other_group, other_member = members.get(other, (None, None))
+        differ = group is not other_group or (
             group is not None
             and (
-                member.transposed != same.transposed  # type: ignore[union-attr]
+                member.transposed != other_member.transposed  # type: ignore[union-attr]
                 or any(a.covers(first) != a.covers(other) for a in group.adapters)
             )
         )
-        if apart:
+        if differ:
             raise ValueError(
                 f"{what}: {other!r} and {first!r} are one nnx.Variable, and would get adapters of "
                 "their own; tie them (ensure_weight_tying=None or True, no tie_word_embeddings="
@@ -105,7 +105,7 @@ def check_aliases(what: str, plan: Plan, aliases: Mapping[str, str]) -> None:
 
 
 def shown_as(plan: Plan, aliases: Mapping[str, str]) -> dict[str, str]:
-    """Returns for the first path of a Variable the one that its group is shown by, if another."""
+    """Returns ``{first path of a Variable: path that its group has it by}`` where these differ."""
     shown: dict[str, str] = {}
     for group in plan.groups:
         for member in group.members:
@@ -114,10 +114,10 @@ def shown_as(plan: Plan, aliases: Mapping[str, str]) -> dict[str, str]:
 
 
 def set_leaves(what: str, module: nnx.Module, leaves: Mapping[str, Any]) -> None:
-    """Sets the params of a module, by path; those that are the same array are not touched.
+    """Sets the params of a module, by path; a Variable that has the array already is not touched.
 
     Raises:
-      ValueError: there is no such param, or one Variable would be two arrays.
+      ValueError: the module has no such param, or one Variable would be two arrays.
     """
     variables, aliases = variables_of(module), aliases_of(module)
     for name, leaf in leaves.items():
@@ -140,9 +140,9 @@ def set_leaves(what: str, module: nnx.Module, leaves: Mapping[str, Any]) -> None
 
 
 def _check_shape(what: str, name: str, variable: nnx.Variable, leaf: Any) -> None:
-    found, expected = leaf.shape, variable.get_raw_value().shape
-    if tuple(found) != tuple(expected):
+    current = variable.get_raw_value()
+    if tuple(leaf.shape) != tuple(current.shape):
         raise ValueError(
             f"{what}: {name!r} is {describe(leaf)}; the module has "
-            f"{describe(variable.get_raw_value())} there. Use the module that it was made for"
+            f"{describe(current)} there. Use the module that it was made for"
         )

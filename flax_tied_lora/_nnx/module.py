@@ -1,20 +1,21 @@
-"""The adapted module: an `nnx.Module` around a module, called like it was."""
+"""`AdaptedModule`: an `nnx.Module` around a module, which is called like the module was."""
 
 from __future__ import annotations
 
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import jax
 from flax import nnx
+from typing_extensions import TypeVar
 
 from flax_tied_lora._adapters.adapted import Adapted, summary
-from flax_tied_lora._interpreter.context import OnDense
+from flax_tied_lora._interpreter.context import Context, OnDense
 from flax_tied_lora._interpreter.materialised import warn_of_dense
 from flax_tied_lora._interpreter.sites import numbered
-from flax_tied_lora._nnx.calling import run
+from flax_tied_lora._nnx.calling import call_module
 from flax_tied_lora._nnx.leaves import aliases_of, params_of, shown_as
 from flax_tied_lora._planning.plan import Plan
 from flax_tied_lora._tree.keys import typed_key
@@ -23,20 +24,20 @@ from flax_tied_lora._tree.quantized_array import is_quantized
 from flax_tied_lora._verbs.adapt import Evaluated, warn_of_unread
 from flax_tied_lora._verbs.wrap import stored_once
 
-# What the wrapper itself has; whatever else is asked of it is the module's.
-_OWN = frozenset(
+# The wrapper's attributes; all others are the module's.
+_OF_WRAPPER = frozenset(
     {"module", "adapters", "lora_scaling", "lora_dropout", "lora_slot", "plan", "on_dense"}
 )
-# What NNX asks a node for: the module answers for itself.
-_NOT_HANDED_ON = frozenset({"set_view"})
+# What NNX asks every node for: it asks the module inside, too, so the wrapper has none.
+_OF_EVERY_NODE = frozenset({"set_view"})
 
 
 class Scaling(nnx.Variable):
-    """A scaling of factors: an array that is not trained."""
+    """The scaling of a pair of factors: an array that is not trained."""
 
 
 class Slot(nnx.Variable):
-    """Which of stacked adapters serves: an integer; -1 is none."""
+    """Which of the stacked adapters is used: an integer; -1 for none."""
 
 
 class LoRADropout(nnx.Module):
@@ -47,7 +48,7 @@ class LoRADropout(nnx.Module):
         self.deterministic = True
 
     def key(self) -> jax.Array | None:
-        """Returns a key for a call, or None for no dropout."""
+        """Returns a random key for a call, or None where dropout is off."""
         return None if self.deterministic else self.rngs()
 
     def set_view(self, deterministic: bool | None = None) -> None:
@@ -56,25 +57,30 @@ class LoRADropout(nnx.Module):
             self.deterministic = deterministic
 
 
-class AdaptedModule(nnx.Module):
+# What is adapted: any `nnx.Module`.
+Adaptable = TypeVar("Adaptable", bound=nnx.Module, default=Any)
+
+
+class AdaptedModule(nnx.Module, Generic[Adaptable]):
     """An `nnx.Module` with adapters: called like the module was, with its attributes and methods.
 
-    It is an `nnx.Module` itself, so that `nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `nnx.split` and
-    all others take it. Methods of the module, and of its submodules (``adapted.embed.attend(x)``),
-    run with the adapters; attributes are the module's (``adapted.config``).
+    It is an `nnx.Module`, so `nnx.jit`, `nnx.grad`, `nnx.Optimizer`, `nnx.split` and all other
+    functions of NNX take it. Methods of the module, and of its submodules
+    (``adapted.embed.attend(x)``), run with the adapters; attributes are the module's
+    (``adapted.config``).
 
     Attributes:
-      module: the module with its frozen params, as it was; call it for results without adapters.
+      module: the module with its frozen params; call it for results without adapters.
       adapters: ``{kind: {key: ...}}`` as in `Adapted`, each array an `nnx.LoRAParam`.
       lora_scaling: ``{key: Scaling}``.
-      lora_dropout: the state of the factors' dropout, None where the config has none.
-      lora_slot: which of stacked adapters serves, a `Slot`; None where they are not stacked.
+      lora_dropout: the state of the factors' dropout; None where the config has no dropout.
+      lora_slot: which of the stacked adapters is used, a `Slot`; None where they are not stacked.
       plan: what was adapted; static.
       on_dense: as in `adapt`; static.
     """
 
     def __init__(
-        self, module: nnx.Module, adapters: Mapping[str, Any], scaling: Mapping[str, Any],
+        self, module: Adaptable, adapters: Mapping[str, Any], scaling: Mapping[str, Any],
         dropout: LoRADropout | None, slot: Slot | None, plan: Plan,
     ):  # fmt: skip
         self.module = module
@@ -86,14 +92,14 @@ class AdaptedModule(nnx.Module):
         self.on_dense: OnDense = "warn"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the module does, with its adapters."""
-        return call(self, lambda module, *a, **k: module(*a, **k), args, kwargs, whole=True)
+        """Returns the module's result, with the adapters."""
+        return _call(self, lambda module, *a, **k: module(*a, **k), args, kwargs, expect_all=True)
 
     def train(self, rng: jax.Array | None = None, **attributes: Any) -> None:
         """Sets the module to training mode, and the factors' dropout on.
 
         Args:
-          rng: a key for the factors' dropout, in place of the one of `wrap`.
+          rng: a key for the factors' dropout, in place of the one that `wrap` was given.
           **attributes: as in `nnx.Module.train`.
         """
         self.module.train(**attributes)
@@ -110,12 +116,12 @@ class AdaptedModule(nnx.Module):
             self.lora_dropout.deterministic = True
 
     def __getattr__(self, name: str) -> Any:
-        if name in _OWN | _NOT_HANDED_ON or _is_dunder(name) or "module" not in vars(self):
+        if name in _OF_WRAPPER | _OF_EVERY_NODE or _is_dunder(name) or "module" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return _seen(self, self.module, lambda module: getattr(module, name), name)
+        return _attribute(self, self.module, lambda module: getattr(module, name), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN or _is_dunder(name) or name.startswith("_pytree__"):
+        if name in _OF_WRAPPER or _is_dunder(name) or name.startswith("_pytree__"):
             super().__setattr__(name, value)
         else:
             setattr(self.module, name, value)
@@ -130,111 +136,115 @@ class AdaptedModule(nnx.Module):
         return summary(as_adapted(self))
 
 
-class Part:
-    """A submodule of an adapted module: its methods run with the adapters.
+class AdaptedSubmodule:
+    """A submodule, or a container of some, of an adapted module: methods run with the adapters.
 
-    For what takes an `nnx.Module` there is the frozen one, ``adapted.module.<path>``.
+    It is no `nnx.Module`; the frozen submodule is ``adapted.module.<path>``.
     """
 
     def __init__(self, owner: AdaptedModule, find: Callable[[Any], Any], name: str):
         vars(self).update(_owner=owner, _find=find, _name=name)
 
-    def _enter(self, step: Callable[[Any], Any], name: str) -> Any:
+    def _inner(self, step: Callable[[Any], Any], name: str) -> Any:
         find, owner = self._find, self._owner
-        return _seen(owner, self._here, lambda module: step(find(module)), f"{self._name}{name}")
+        name = f"{self._name}{name}"
+        return _attribute(owner, self._frozen, lambda module: step(find(module)), name)
 
     @property
-    def _here(self) -> Any:
+    def _frozen(self) -> Any:
+        """The submodule itself."""
         return self._find(self._owner.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         find = self._find
-        return call(self._owner, lambda m, *a, **k: find(m)(*a, **k), args, kwargs)
+        return _call(self._owner, lambda m, *a, **k: find(m)(*a, **k), args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if _is_dunder(name):
             raise AttributeError(name)
-        return self._enter(lambda here: getattr(here, name), f".{name}")
+        return self._inner(lambda x: getattr(x, name), f".{name}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._here, name, value)
+        setattr(self._frozen, name, value)
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
             return [self[i] for i in range(*key.indices(len(self)))]
-        return self._enter(lambda here: here[key], f"[{key!r}]")
+        return self._inner(lambda x: x[key], f"[{key!r}]")
 
     def __len__(self) -> int:
-        return len(self._here)
+        return len(self._frozen)
 
     def __iter__(self) -> Iterator[Any]:
-        here = self._here
-        if isinstance(here, Mapping | nnx.Dict):
-            return iter(here)
-        return (self[i] for i in range(len(here)))
+        frozen = self._frozen
+        if isinstance(frozen, Mapping | nnx.Dict):
+            return iter(frozen)
+        return (self[i] for i in range(len(frozen)))
 
     def __contains__(self, key: Any) -> bool:
-        return key in self._here
+        return key in self._frozen
 
     def __repr__(self) -> str:
-        return f"{self._name} of an AdaptedModule: {self._here!r}"
+        return f"{self._name} of an AdaptedModule: {self._frozen!r}"
 
 
-def call(
+def _call(
     owner: AdaptedModule, function: Callable[..., Any], args: Sequence[Any], kwargs: Any, *,
-    whole: bool = False,
+    expect_all: bool = False,
 ) -> Any:  # fmt: skip
     """Returns ``function(module, *args, **kwargs)`` with the adapters of a module.
 
     Args:
-      whole: whether every adapter is expected to be used.
+      expect_all: whether to warn of an adapter that is not used.
     """
-    result, done = evaluated_call(owner, function, owner.on_dense, args, kwargs)
+    result, done = evaluated_call(owner, function, Context(owner.on_dense), args, kwargs)
     if owner.on_dense == "warn":
         warn_of_dense(numbered(done.context.reads), stacklevel=4)
-    if whole:
+    if expect_all:
         warn_of_unread(done.context.reads, done.adapteds, stacklevel=4)
-    kinds = (nnx.Pytree, nnx.Variable)  # kept as the objects that they are
+    kinds = (nnx.Pytree, nnx.Variable)  # are not flattened
     return jax.tree.map(
         lambda x: owner if x is owner.module else x, result, is_leaf=lambda x: isinstance(x, kinds)
     )
 
 
 def evaluated_call(
-    owner: AdaptedModule, function: Callable[..., Any], on_dense: OnDense, args: Any, kwargs: Any
+    owner: AdaptedModule, function: Callable[..., Any], context: Context, args: Any, kwargs: Any
 ) -> tuple[Any, Evaluated]:
     """Returns ``function(module, *args, **kwargs)`` with the adapters, and how it was evaluated."""
     shown = shown_as(owner.plan, aliases_of(owner.module))
-    return run(owner.module, stored(owner), shown, function, on_dense, tuple(args), dict(kwargs))
+    leaves = _symbolic_leaves(owner)
+    return call_module(owner.module, leaves, shown, function, context, tuple(args), dict(kwargs))
 
 
-def _seen(owner: AdaptedModule, parent: Any, find: Callable[[Any], Any], name: str) -> Any:
-    """Returns what a person sees in an attribute or an item of the module.
+def _attribute(owner: AdaptedModule, parent: Any, find: Callable[[Any], Any], name: str) -> Any:
+    """Returns an attribute or an item of the module, in which methods run with the adapters.
 
     Args:
       parent: what it is an attribute or an item of.
-      find: returns it from the module, also within a trace.
-      name: how it is reached.
+      find: returns it, given the module; also used on a copy within a trace.
+      name: how it is reached from the module.
     """
     value = find(owner.module)
     if inspect.ismethod(value) and isinstance(value.__self__, nnx.Pytree):
 
         def method(self: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
-            return call(self, lambda m, *a, **k: find(m)(*a, **k), args, kwargs)
+            return _call(self, lambda m, *a, **k: find(m)(*a, **k), args, kwargs)
 
         method.__name__, method.__doc__ = value.__name__, value.__doc__
         return types.MethodType(method, owner)
     if _holds_modules(value):
-        return Part(owner, find, name)
+        return AdaptedSubmodule(owner, find, name)
     attribute = inspect.getattr_static(type(parent), name.rpartition(".")[2], None)
     if isinstance(attribute, property) and any(
         isinstance(x, jax.Array) for x in jax.tree.leaves(value)
     ):
-        return call(owner, find, (), {})  # computed of weights
+        return _call(owner, find, (), {})  # computed from weights
     return value
 
 
 def _holds_modules(value: Any) -> bool:
+    """Returns whether a value is a module, or a container with one in it."""
     if isinstance(value, nnx.Module):
         return True
     if isinstance(value, nnx.Pytree | list | tuple | dict):
@@ -246,17 +256,17 @@ def _is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
 
-def arrays(tree: Any) -> Any:
+def _arrays(tree: Any) -> Any:
     """Returns a pytree of Variables as one of arrays."""
     return jax.tree.map(
         lambda x: x.get_raw_value(), tree, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
 
 
-def stored(owner: AdaptedModule) -> Adapted:
-    """Returns what a call does not take as it is as an `Adapted`, its params a dict by path.
+def _symbolic_leaves(owner: AdaptedModule) -> Adapted:
+    """Returns an `Adapted` with the params, by path, that a call replaces by symbolic weights.
 
-    That is the plan's groups, and what is stored quantised.
+    They are those of the plan's groups, and those that are stored quantised.
     """
     leaves, _ = flatten(params_of(owner.module))
     params = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
@@ -282,5 +292,5 @@ def as_adapted(owner: AdaptedModule) -> Adapted:
 
 
 def _as_adapted(owner: AdaptedModule, params: Any, rng: jax.Array | None) -> Adapted:
-    adapters, scaling = arrays(owner.adapters), arrays(owner.lora_scaling)
-    return Adapted(params, adapters, scaling, rng, owner.plan, arrays(owner.lora_slot))
+    adapters, scaling = _arrays(owner.adapters), _arrays(owner.lora_scaling)
+    return Adapted(params, adapters, scaling, rng, owner.plan, _arrays(owner.lora_slot))

@@ -1,4 +1,4 @@
-"""A wing: PEFT's adapter files and merged models for PyTorch, in and out.
+"""A wing: PEFT's adapter files, read and written, and merged models for PyTorch, written.
 
 Knows the adapters, `merge`, `wrap` and names; safetensors. No other wing.
 """

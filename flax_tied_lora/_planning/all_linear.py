@@ -10,7 +10,7 @@ from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSite, CallSites
 from flax_tied_lora._planning.axes import SITES_LINE, in_canonical_layout, read_as_table
 from flax_tied_lora._planning.matches import Hit, Hits, adaptable, excluded
-from flax_tied_lora._ties.sources import TieGroup
+from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._tree.paths import module_of
 
 ALL_LINEAR = "all-linear"
@@ -22,7 +22,11 @@ def all_linear(
     groups: Sequence[TieGroup],
     sites: CallSites | None,
 ) -> Hits:
-    """Every leaf that is multiplied with data, but for the output projection, as PEFT has it."""
+    """Returns every leaf that is multiplied with data, but for the output projection, as in PEFT.
+
+    Raises:
+      ValueError: the call sites are not known, or there is no such leaf.
+    """
     if sites is None:
         raise ValueError(
             f'wrap: target_modules="{ALL_LINEAR}" needs to know which leaves are multiplied with '

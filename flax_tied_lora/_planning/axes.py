@@ -9,7 +9,8 @@ from typing import Any
 from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER
 from flax_tied_lora._config.axes_and_parts import said_of
 from flax_tied_lora._interpreter.sites import CallSite, CallSites
-from flax_tied_lora._ties.sources import TieGroup, is_table
+from flax_tied_lora._ties.groups import TieGroup
+from flax_tied_lora._ties.sources import is_table
 from flax_tied_lora._tree.paths import describe, leaf_name, module_of
 
 SITES_LINE = 'sites = tied_lora.trace(model.apply, {"params": params}, tokens)'
@@ -33,8 +34,8 @@ def axes_of(
 ) -> Axes:
     """Returns the axes of a group: as the config has them, or by its call sites; two need neither.
 
-    An axis that is walked at one site (an index, a scan), and is one of rows or of columns at
-    another, is what it is there.
+    An axis that one site indexes or scans over, and that is a row or column axis at another, counts
+    as the latter.
 
     Args:
       said: `LoraConfig.axes`.
@@ -48,9 +49,9 @@ def axes_of(
     used = in_canonical_layout(group, every)
     lookups = [s for s in used if s.role == LOOKUP]
     table = read_as_table(group, used) if used else is_table(group.key)
-    sides = _said(group, leaf, said or {})
+    sides = _of_config(group, leaf, said or {})
     if sides is not None:
-        _check_said(group.key, leaf, sides, used)
+        _check_of_config(group.key, leaf, sides, used)
     elif used:
         sides = _of_sites(group.key, leaf, [*lookups, *(s for s in used if s.role != LOOKUP)])
     elif ndim == 2:
@@ -58,7 +59,7 @@ def axes_of(
     else:
         long = [i for i, n in enumerate(leaf.shape) if n != 1]
         if not every or len(long) != 2:
-            raise ValueError(_unknown(group.key, leaf, sites, every))
+            raise ValueError(_unknown_axes(group.key, leaf, sites, every))
         sides = {long[0]}, {long[1]}  # only added to data: a table of positions
     rows, cols = (tuple(sorted(side)) for side in sides)
     batch = tuple(i for i in range(ndim) if i not in (*rows, *cols))
@@ -69,7 +70,7 @@ def in_canonical_layout(group: TieGroup, sites: Iterable[CallSite]) -> list[Call
     """Returns the lookups and projections of a group, their axes those of its canonical leaf."""
     flips = {m.path: m.transposed for m in group.members}
     used = [s for s in sites if s.leaf in flips and s.role != OTHER]
-    return [_turned(s) if flips[s.leaf] else s for s in used]
+    return [_transposed(s) if flips[s.leaf] else s for s in used]
 
 
 def read_as_table(group: TieGroup, sites: Iterable[CallSite]) -> bool:
@@ -90,7 +91,7 @@ def read_as_table(group: TieGroup, sites: Iterable[CallSite]) -> bool:
     return bool(lookups) and (both_ways or not kernel)
 
 
-def _turned(site: CallSite) -> CallSite:
+def _transposed(site: CallSite) -> CallSite:
     def flip(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted(1 - a for a in axes))
 
@@ -102,7 +103,7 @@ def _name(key: str) -> str:
     return leaf_name(module_of(key)) or key
 
 
-def _unknown(key: str, leaf: Any, sites: CallSites | None, every: Sequence[CallSite]) -> str:
+def _unknown_axes(key: str, leaf: Any, sites: CallSites | None, every: Sequence[CallSite]) -> str:
     start = (
         f"wrap: {key!r} {describe(leaf)} has {len(leaf.shape)} axes, and which of them are rows "
     )
@@ -128,25 +129,25 @@ def _of_sites(key: str, leaf: Any, used: Sequence[CallSite]) -> _Sides:
     rows: set[int] = set()
     cols: set[int] = set()
     for site in used:
-        own = set(site.rows), set(site.cols)
-        if own[0] & rows or own[1] & cols or not (own[0] & cols or own[1] & rows):
-            own = own[0], own[1]
-        else:
-            own = own[1], own[0]  # a table's projection sums over what its lookups keep
-        if own[0] & own[1]:
+        site_rows, site_cols = set(site.rows), set(site.cols)
+        straight = site_rows & rows or site_cols & cols
+        if not straight and (site_rows & cols or site_cols & rows):
+            # A table's projection sums over what its lookups keep.
+            site_rows, site_cols = site_cols, site_rows
+        if site_rows & site_cols:
             raise ValueError(
                 f"wrap: {site} has rows and columns of {key!r} {describe(leaf)} in one axis, which "
                 "no factors can follow; take it out of target_modules, or say what its axes are: "
-                f'axes={{"{_name(key)}": (rows, columns)}}, and have it added up there'
+                f'axes={{"{_name(key)}": (rows, columns)}}, and have it materialised there'
             )
-        if not own[0] or not own[1]:
+        if not site_rows or not site_cols:
             raise ValueError(
                 f"wrap: {site} leaves {key!r} {describe(leaf)} without rows or without columns "
                 f"(rows {site.rows}, columns {site.cols}), so there is nothing of low rank; take "
                 f'it out of target_modules, or say which it has: axes={{"{_name(key)}": '
                 "(rows, columns)}"
             )
-        if (rows | own[0]) & (cols | own[1]):
+        if (rows | site_rows) & (cols | site_cols):
             other = next((s for s in used if _clash(s, site)), used[0])
             raise ValueError(
                 f"wrap: {key!r} {describe(leaf)} is used in two ways that no one pair of factors "
@@ -157,21 +158,21 @@ def _of_sites(key: str, leaf: Any, used: Sequence[CallSite]) -> _Sides:
                 f'being neither, with factors for each entry: axes={{"{_name(key)}": (rows, '
                 "columns)}; or give each use a leaf of its own"
             )
-        rows |= own[0]
-        cols |= own[1]
+        rows |= site_rows
+        cols |= site_cols
     return rows, cols
 
 
 def _clash(one: CallSite, two: CallSite) -> bool:
     """Returns whether no labelling of axes as rows and columns is that of both sites."""
     straight = (set(one.rows) | set(two.rows)) & (set(one.cols) | set(two.cols))
-    turned = (set(one.rows) | set(two.cols)) & (set(one.cols) | set(two.rows))
-    return bool(straight and turned)
+    swapped = (set(one.rows) | set(two.cols)) & (set(one.cols) | set(two.rows))
+    return bool(straight and swapped)
 
 
-def _said(group: TieGroup, leaf: Any, said: Mapping[str, Any]) -> _Sides | None:
+def _of_config(group: TieGroup, leaf: Any, said: Mapping[str, Any]) -> _Sides | None:
     """Returns what the config says of a group's axes, in the canonical leaf's layout."""
-    found: dict[str, _Sides] = {}
+    by_member: dict[str, _Sides] = {}
     for member in group.members:
         sides = said_of(said, member.path)
         if sides is None:
@@ -190,20 +191,20 @@ def _said(group: TieGroup, leaf: Any, said: Mapping[str, Any]) -> _Sides | None:
             )
         if member.transposed:
             rows, cols = ([1 - a for a in side] for side in (rows, cols))
-        found[member.path] = set(rows), set(cols)
-    if not found:
+        by_member[member.path] = set(rows), set(cols)
+    if not by_member:
         return None
-    first, *others = found
+    first, *others = by_member
     for other in others:
-        if found[other] != found[first]:
+        if by_member[other] != by_member[first]:
             raise ValueError(
-                f"wrap: axes says {found[first]} of {first!r} and {found[other]} of {other!r}, in "
-                f"the layout of {group.key!r}, which both are; say one thing"
+                f"wrap: axes says {by_member[first]} of {first!r} and {by_member[other]} of "
+                f"{other!r}, in the layout of {group.key!r}, which both are; say one thing"
             )
-    return found[first]
+    return by_member[first]
 
 
-def _check_said(key: str, leaf: Any, sides: _Sides, used: Sequence[CallSite]) -> None:
+def _check_of_config(key: str, leaf: Any, sides: _Sides, used: Sequence[CallSite]) -> None:
     """Refuses axes that a call site uses otherwise; a table's projections sum over its columns."""
 
     def fits(rows: set[int], cols: set[int], site: CallSite) -> bool:

@@ -24,18 +24,18 @@ from flax_tied_lora._planning.plan import (
     GroupPlan,
     Plan,
 )
-from flax_tied_lora._planning.targets import named_parts, resolve
-from flax_tied_lora._planning.tokens import TokenParts, token_parts, tokens_of
-from flax_tied_lora._planning.tying import Part, check_flag, check_overlap, parts_of
+from flax_tied_lora._planning.targets import named_groups, resolve
+from flax_tied_lora._planning.tokens import TokenShares, token_shares, tokens_of
+from flax_tied_lora._planning.tying import Share, check_flag, check_overlap, shares_of
 from flax_tied_lora._planning.unused_patterns import check_patterns
-from flax_tied_lora._ties.find import DATA_FLOW
-from flax_tied_lora._ties.sources import TieGroup, is_table
+from flax_tied_lora._ties.groups import TieGroup
+from flax_tied_lora._ties.sources import DATA_FLOW, is_table
 from flax_tied_lora._tree.paths import describe, is_marker, leaf_name, module_of
 
 
 @dataclasses.dataclass
 class Named:
-    """What is adapted how, by leaf path, where it is known: from an adapter's file.
+    """What an adapter's file adapts, by leaf path, in place of what a config's names mean.
 
     Attributes:
       lora, saved, tokens: leaves with factors, full copies and replaced rows, and what names them.
@@ -48,7 +48,7 @@ class Named:
     biases: set[str]
 
 
-def plan_of(
+def make_plan(
     config: LoraConfig, leaves: Mapping[str, Any], groups: Sequence[TieGroup],
     sites: CallSites | None, untied: bool, named: Named | None = None,
 ) -> Plan:  # fmt: skip
@@ -66,9 +66,9 @@ def plan_of(
         check_patterns(config, lora, leaves, groups)
         saved: Hits = {}
         for name in config.modules_to_save or ():
-            for key, hits in named_parts("modules_to_save", name, leaves, groups, sites).items():
+            for key, hits in named_groups("modules_to_save", name, leaves, groups, sites).items():
                 saved[key] = (*saved.get(key, ()), *hits)
-        tokens = token_parts(config, leaves, groups, sites)
+        tokens = token_shares(config, leaves, groups, sites)
         biases = _biases(config, leaves, lora)
     else:
         lora, saved = by_group(named.lora, groups), by_group(named.saved, groups)
@@ -91,12 +91,12 @@ def plan_of(
 
 
 def by_group(hits: Mapping[str, Sequence[Hit]], groups: Sequence[TieGroup]) -> Hits:
-    """Returns hits of leaves by the key of the leaf's group."""
+    """Returns the hits of each group, by its key, from those of its leaves."""
     by_leaf = {path: group.key for group in groups for path in group.paths}
-    found: Hits = {}
-    for path, own in hits.items():
-        found[by_leaf[path]] = (*found.get(by_leaf[path], ()), *own)
-    return found
+    by_key: Hits = {}
+    for path, hits_of_leaf in hits.items():
+        by_key[by_leaf[path]] = (*by_key.get(by_leaf[path], ()), *hits_of_leaf)
+    return by_key
 
 
 def _biases(config: LoraConfig, leaves: Mapping[str, Any], lora: Hits) -> set[str]:
@@ -117,28 +117,28 @@ def _is_floating(leaf: Any) -> bool:
 
 def _group_plan(
     group: TieGroup, leaf: Any, config: LoraConfig, sites: CallSites | None,
-    lora: Sequence[Hit], saved: Sequence[Hit], tokens: TokenParts, biases: set[str],
+    lora: Sequence[Hit], saved: Sequence[Hit], tokens: TokenShares, biases: set[str],
 ) -> GroupPlan | None:  # fmt: skip
     rows = tokens.get(group.key, [])
     bias = not lora and not saved and not rows and biases & set(group.paths)
     if not (lora or saved or rows or bias or len(group.members) > 1):
         return None
-    found = group.found if len(group.members) > 1 or DATA_FLOW in group.found else ()
+    sources = group.found if len(group.members) > 1 or DATA_FLOW in group.found else ()
     axes = _axes(group, leaf, sites, config, needed=bool(lora or rows))
-    copies = parts_of(group, saved, config, sites)
+    copies = shares_of(group, saved, config, sites)
     # What is trained in full needs no delta: as in PEFT, modules_to_save goes before targets.
-    copied = {(part.members, part.sites) for part in copies}
+    copied = {(share.members, share.sites) for share in copies}
     deltas = [
-        part for part in parts_of(group, lora, config, sites)
-        if not {((), None), (part.members, part.sites)} & copied
+        share for share in shares_of(group, lora, config, sites)
+        if not {((), None), (share.members, share.sites)} & copied
     ]  # fmt: skip
     adapters = [
         *(
-            _factors(group, leaf, axes, part, config)
-            for delta in deltas for part in fused_parts(group, leaf, delta, config)
+            _factors(group, leaf, axes, share, config)
+            for delta in deltas for share in fused_parts(group, leaf, delta, config)
         ),
-        *(_copy(group, leaf, part) for part in copies),
-        *(_tokens(group, leaf, axes, part, own) for part, own in rows),
+        *(_copy(group, leaf, share) for share in copies),
+        *(_tokens(group, leaf, axes, share, tokens_of_share) for share, tokens_of_share in rows),
         *([AdapterPlan(BIAS, group.key, targets=(config.bias,))] if bias else []),
     ]  # fmt: skip
     check_overlap("modules_to_save", group, copies, sites)
@@ -147,15 +147,15 @@ def _group_plan(
         check_overlap("target_modules and modules_to_save", group, [*copies, delta], sites)
     _check_kinds(group, adapters)
     return GroupPlan(
-        group.members, found, tuple(leaf.shape), str(jnp.dtype(leaf.dtype)), axes.rows, axes.cols,
-        axes.batch, axes.is_table, tuple(adapters),
+        group.members, sources, tuple(leaf.shape), str(jnp.dtype(leaf.dtype)), axes.rows,
+        axes.cols, axes.batch, axes.is_table, tuple(adapters),
     )  # fmt: skip
 
 
 def _axes(
     group: TieGroup, leaf: Any, sites: CallSites | None, config: LoraConfig, needed: bool
 ) -> Axes:
-    """Returns a group's axes: none, where none are needed (for a full copy) and none known."""
+    """Returns a group's axes; none where they are not known, and not needed, as for a full copy."""
     try:
         if needed or adaptable(leaf):
             return axes_of(group, leaf, sites, config.axes)
@@ -165,8 +165,10 @@ def _axes(
     return Axes((), (), (), any(map(is_table, group.paths)))
 
 
-def _factors(group: TieGroup, leaf: Any, axes: Axes, part: Part, config: LoraConfig) -> AdapterPlan:
-    hits, tail = part.hits, f":{part.name}" if part.span else ""
+def _factors(
+    group: TieGroup, leaf: Any, axes: Axes, share: Share, config: LoraConfig
+) -> AdapterPlan:
+    hits, tail = share.hits, f":{share.name}" if share.span else ""
     module = hits[0].module + tail
     for what in (config.rank_for, config.scaling_for) if len(hits) > 1 else ():
         values = {hit.module: what(hit.module + tail) for hit in hits}
@@ -177,45 +179,47 @@ def _factors(group: TieGroup, leaf: Any, axes: Axes, part: Part, config: LoraCon
             )
     rank = config.rank_for(module)
     shape = list(leaf.shape)
-    if part.span:
-        shape[part.span[0]] = part.span[2] - part.span[1]
+    if share.span:
+        shape[share.span[0]] = share.span[2] - share.span[1]
     limit = min(math.prod(shape[a] for a in side) for side in (axes.rows, axes.cols))
     if rank > limit:
         raise ValueError(
-            f"wrap: rank {rank} for {part.key(group)!r} {leaf.dtype}{shape}, which has rank "
+            f"wrap: rank {rank} for {share.key(group)!r} {leaf.dtype}{shape}, which has rank "
             f"{limit} at most; lower r, or give it a rank of its own in rank_pattern"
         )
-    if config.use_dora and part.span:
+    if config.use_dora and share.span:
         raise ValueError(
             f"wrap: use_dora scales all of {group.key!r}, and parts gives each of its parts "
             "factors of its own; leave one of the two out"
         )
-    if config.use_dora and part.sites is not None:
+    if config.use_dora and share.sites is not None:
         raise ValueError(
             f"wrap: use_dora scales all of {group.key!r}, and ensure_weight_tying=False wants an "
-            f"adapter for {part.name!r} only. Tie them (None or True), or leave use_dora out"
+            f"adapter for {share.name!r} only. Tie them (None or True), or leave use_dora out"
         )
-    return AdapterPlan(
-        LORA, part.key(group), part.name, part.members, part.sites, rank, config.use_dora,
-        reads_weight(config.init_lora_weights) and not axes.is_table, (), module,
-        tuple(dict.fromkeys(h.target for h in hits)), part.span,
-    )  # fmt: skip
-
-
-def _copy(group: TieGroup, leaf: Any, part: Part) -> AdapterPlan:
-    if not _is_floating(leaf):
-        raise ValueError(
-            f"wrap: {part.hits[0].target!r} in modules_to_save means {group.key!r} "
-            f"{describe(leaf)}; expected floating point. Take it out of modules_to_save"
-        )
-    targets = tuple(dict.fromkeys(h.target for h in part.hits))
-    return AdapterPlan(
-        MODULES_TO_SAVE, part.key(group), part.name, part.members, part.sites, targets=targets
+    return _adapter(
+        LORA,
+        group,
+        share,
+        rank=rank,
+        dora=config.use_dora,
+        residual=reads_weight(config.init_lora_weights) and not axes.is_table,
+        module=module,
+        span=share.span,
     )
 
 
+def _copy(group: TieGroup, leaf: Any, share: Share) -> AdapterPlan:
+    if not _is_floating(leaf):
+        raise ValueError(
+            f"wrap: {share.hits[0].target!r} in modules_to_save means {group.key!r} "
+            f"{describe(leaf)}; expected floating point. Take it out of modules_to_save"
+        )
+    return _adapter(MODULES_TO_SAVE, group, share)
+
+
 def _tokens(
-    group: TieGroup, leaf: Any, axes: Axes, part: Part, tokens: tuple[int, ...]
+    group: TieGroup, leaf: Any, axes: Axes, share: Share, tokens: tuple[int, ...]
 ) -> AdapterPlan:
     side = axes.rows if axes.is_table else axes.cols
     if len(side) != 1 or axes.batch:
@@ -231,11 +235,13 @@ def _tokens(
             f"wrap: {outside} in trainable_token_indices; {group.key!r} {describe(leaf)} has the "
             f"tokens 0 to {count - 1}. grow_vocabulary(params, {max(outside) + 1}) adds tokens"
         )
-    targets = tuple(dict.fromkeys(h.target for h in part.hits))
-    return AdapterPlan(
-        TRAINABLE_TOKENS, part.key(group), part.name, part.members, part.sites, tokens=tokens,
-        targets=targets,
-    )  # fmt: skip
+    return _adapter(TRAINABLE_TOKENS, group, share, tokens=tokens)
+
+
+def _adapter(kind: str, group: TieGroup, share: Share, **fields: Any) -> AdapterPlan:
+    targets = tuple(dict.fromkeys(hit.target for hit in share.hits))
+    key = share.key(group)
+    return AdapterPlan(kind, key, share.name, share.members, share.sites, targets=targets, **fields)
 
 
 def _check_kinds(group: TieGroup, adapters: Sequence[AdapterPlan]) -> None:

@@ -51,7 +51,7 @@ def excluded(config: LoraConfig, *names: str) -> bool:
 
 
 def by_part(module: str, count: int) -> str:
-    """Returns how to give some of the layers in one leaf factors of their own."""
+    """Returns a remedy: how to give some layers of a stacked leaf factors of their own."""
     last = module.rpartition("/")[2]
     return (
         f'Cut it into parts along the layers, parts={{"{last}": (0, {{"first": 1, "rest": '
@@ -76,7 +76,7 @@ def stacked_hint(config: LoraConfig, target: str, pattern: Any, leaves: Mapping[
 
 
 def numbered(module: str, shape: tuple[int, ...]) -> Iterator[str]:
-    """Yields names that the layers of a stacked leaf would have if they had leaves of their own."""
+    """Yields the names that layers of a stacked leaf would have, each with a leaf of its own."""
     if len(shape) < 3 or layer_index(module, None) is not None:
         return
     ends = [m.end() for m in re.finditer(r"[^/]+(?=/)", module)]

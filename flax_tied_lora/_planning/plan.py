@@ -13,10 +13,13 @@ from flax_tied_lora._algebra.factor import RANK
 from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION, SiteFilter
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import LeafInfo
-from flax_tied_lora._ties.find import Member, TieGroup
+from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._ties.sources import is_table
 
 FORMAT = 1
+
+# The name of DoRA's array beside the factors.
+MAGNITUDE = "lora_magnitude"
 
 # The collections that adapters are kept in, by their kind.
 LORA = "lora"
@@ -24,6 +27,9 @@ MODULES_TO_SAVE = "modules_to_save"
 TRAINABLE_TOKENS = "trainable_tokens"
 BIAS = "bias"
 COLLECTIONS = (LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS, BIAS)
+
+# A part of a fused leaf: the axis that it is cut along, its start and its stop.
+Span = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +40,8 @@ class AdapterPlan:
       kind: the collection that it is kept in: ``"lora"`` (factors), ``"modules_to_save"`` (a
         trainable copy), ``"trainable_tokens"`` (rows that replace rows) or ``"bias"`` (a trainable
         bias).
-      key: its key there: the group's, and for a part of it ``"<group key>:<name>"``.
-      name: what the user called the part of the group that it is for; "" for the whole group.
+      key: its key there: the group's, and for a share of it ``"<group key>:<name>"``.
+      name: what the user called the share of the group that it is for; "" for the whole group.
       members: leaves of the group that it is for; () for all.
       sites: call sites that it is for; None for all.
       rank: of the factors.
@@ -58,11 +64,11 @@ class AdapterPlan:
     tokens: tuple[int, ...] = ()
     module: str = ""
     targets: tuple[str, ...] = ()
-    span: tuple[int, int, int] | None = None
+    span: Span | None = None
 
     @property
     def separate(self) -> bool:
-        """Whether it is for a part of its group only."""
+        """Whether it is for some leaves or call sites of its group only."""
         return bool(self.members) or self.sites is not None
 
     def named(self, module: str) -> str:
@@ -120,7 +126,7 @@ class GroupPlan:
 
     @property
     def separate(self) -> tuple[AdapterPlan, ...]:
-        """The adapters that are for a part of the group only."""
+        """The adapters that are for some of its leaves or call sites only."""
         return tuple(a for a in self.adapters if a.separate)
 
     def is_head(self, adapter: AdapterPlan) -> bool:
@@ -129,8 +135,8 @@ class GroupPlan:
             others = adapter.sites.others
             left = bool(others) and all(other.role == LOOKUP for other in others)
             return left or adapter.sites.role == PROJECTION
-        own = [m for m in self.members if m.path in adapter.members]
-        return bool(own) and all(m.transposed or not is_table(m.path) for m in own)
+        members = [m for m in self.members if m.path in adapter.members]
+        return bool(members) and all(m.transposed or not is_table(m.path) for m in members)
 
     def axes(self, adapter: AdapterPlan) -> dict[str, tuple[Any, ...]]:
         """For each array of an adapter, the leaf axis that each of its axes is, or `RANK`.
@@ -147,7 +153,7 @@ class GroupPlan:
             "lora_a": (*self.batch, *self.rows, RANK),
             "lora_b": (*self.batch, RANK, *self.cols),
         }
-        return axes | {"lora_magnitude": (*self.batch, *self.cols)} if adapter.dora else axes
+        return axes | {MAGNITUDE: (*self.batch, *self.cols)} if adapter.dora else axes
 
     def shape_of(self, adapter: AdapterPlan) -> tuple[int, ...]:
         """Shape of what an adapter is for: the leaf, or a part of a fused one."""
@@ -175,12 +181,12 @@ class GroupPlan:
         return sum(math.prod(shape) for shape in self.shapes(adapter).values())
 
     def info(self, member: Member) -> LeafInfo:
-        """What the evaluator has to know of a member, in the member's own layout."""
+        """Returns what the evaluator has to know of a member, in the member's own layout."""
 
-        def own(axes: tuple[int, ...]) -> tuple[int, ...]:
+        def of_member(axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(sorted(1 - a for a in axes)) if member.transposed else axes
 
-        return LeafInfo(own(self.rows), own(self.cols), own(self.batch), self.is_table)
+        return LeafInfo(of_member(self.rows), of_member(self.batch), self.is_table)
 
     def tie(self) -> TieGroup:
         """The group without its adapters."""

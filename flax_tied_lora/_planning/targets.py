@@ -14,7 +14,8 @@ from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._planning.all_linear import ALL_LINEAR, all_linear
 from flax_tied_lora._planning.axes import SITES_LINE
 from flax_tied_lora._planning.matches import Hit, Hits, adaptable, excluded, stacked_hint
-from flax_tied_lora._ties.sources import TieGroup, is_table
+from flax_tied_lora._ties.groups import TieGroup
+from flax_tied_lora._ties.sources import is_table
 from flax_tied_lora._tree.paths import (
     describe,
     dotted,
@@ -53,17 +54,17 @@ def resolve(
       ValueError: no target names anything, or one names only leaves that cannot be adapted.
     """
     by_leaf = {path: group for group in groups for path in group.paths}
-    found = _parameters(config, leaves, by_leaf)
+    by_parameter = _parameters(config, leaves, by_leaf)
     targets = config.target_modules
     if targets is None or targets == ():
-        if found or config.modules_to_save or config.trainable_token_indices:
-            return found
+        if by_parameter or config.modules_to_save or config.trainable_token_indices:
+            return by_parameter
         raise ValueError(
             "wrap: target_modules is None: say what to adapt, for example target_modules="
             f"{_examples(leaves)}"
         )
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return found | all_linear(config, leaves, groups, sites)
+        return by_parameter | all_linear(config, leaves, groups, sites)
     hits: dict[str, list[Hit]] = {}
     unmatched = []
     for target in (targets,) if isinstance(targets, str) else targets:
@@ -86,7 +87,7 @@ def resolve(
         for key, hit in named:
             hits.setdefault(key, []).append(hit)
     if not hits:
-        text = _nothing("target_modules", targets, unmatched, leaves, sites)
+        text = _nothing_named("target_modules", targets, unmatched, leaves, sites)
         whole = isinstance(targets, str)
         hints = [stacked_hint(config, t, t if whole else (t,), leaves) for t in unmatched]
         hints += [_parts_hint(config, t, leaves) for t in unmatched]
@@ -98,14 +99,14 @@ def resolve(
             UnmatchedTargetWarning,
             stacklevel=6,
         )
-    return found | {key: tuple(dict.fromkeys(named)) for key, named in hits.items()}
+    return by_parameter | {key: tuple(dict.fromkeys(named)) for key, named in hits.items()}
 
 
-def named_parts(
+def named_groups(
     field: str, name: str, leaves: Mapping[str, Any], groups: Sequence[TieGroup],
     sites: CallSites | None,
 ) -> Hits:  # fmt: skip
-    """Returns the groups of which a module's name means a part, by leaf, scope or role.
+    """Returns the groups that a module's name means, or means a share of: by leaf, scope or role.
 
     All leaves of the module and of those inside it, and what is read in its scope though its leaf
     is elsewhere: the kernel of a tied head.
@@ -129,8 +130,8 @@ def named_parts(
     for key, hit in _by_role(name, groups, sites) if not hits else ():
         hits.setdefault(key, []).append(hit)
     if not hits:
-        raise ValueError(_nothing(field, name, [name], leaves, sites))
-    return {key: tuple(dict.fromkeys(found)) for key, found in hits.items()}
+        raise ValueError(_nothing_named(field, name, [name], leaves, sites))
+    return {key: tuple(dict.fromkeys(named)) for key, named in hits.items()}
 
 
 def _named_ancestor(name: str, path: str, inside: bool) -> str:
@@ -155,11 +156,11 @@ def _parameters(
         named = [
             (path, part)
             for path, leaf in leaves.items()
-            for part in ("", *_parts_of(config, path, leaf))
+            for part in ("", *_part_names(config, path, leaf))
             if matches((target,), f"{path}:{part}" if part else path) is not None
         ]
         if not named:
-            raise ValueError(_nothing("target_parameters", target, [target], leaves, None))
+            raise ValueError(_nothing_named("target_parameters", target, [target], leaves, None))
         for path, part in named:
             if not adaptable(leaves[path]):
                 raise ValueError(
@@ -168,7 +169,7 @@ def _parameters(
                     "more). Take it out"
                 )
             hits.setdefault(by_leaf[path].key, []).append(Hit(target, path, leaf=path, part=part))
-    return {key: tuple(found) for key, found in hits.items()}
+    return {key: tuple(named_by) for key, named_by in hits.items()}
 
 
 def _parts_hint(config: LoraConfig, target: str, leaves: Mapping[str, Any]) -> str:
@@ -176,9 +177,9 @@ def _parts_hint(config: LoraConfig, target: str, leaves: Mapping[str, Any]) -> s
     for path, leaf in leaves.items() if part else ():
         named = matches((module,), path) or matches((module,), module_of(path))
         if named and adaptable(leaf):
-            parts = _parts_of(config, path, leaf)
-            found = ", ".join(map(repr, parts)) or "none; name them in parts={...}"
-            return f". The parts of {path!r} are {found}"
+            parts = _part_names(config, path, leaf)
+            listed = ", ".join(map(repr, parts)) or "none; name them in parts={...}"
+            return f". The parts of {path!r} are {listed}"
     return ""
 
 
@@ -203,11 +204,11 @@ def _by_path(
     target: str, pattern: Any, config: LoraConfig, leaves: Mapping[str, Any],
     by_leaf: Mapping[str, TieGroup], sites: CallSites | None,
 ) -> tuple[list[tuple[str, Hit]], list[str]]:  # fmt: skip
-    """Returns the groups that are named, and what is named in their place but is no matrix."""
-    found, refused, left_out = [], [], False
+    """Returns the groups that are named; without any, the leaves named that are no matrix."""
+    named, refused, left_out = [], [], False
     for path, leaf in leaves.items():
         module = module_of(path)
-        for part in ("", *_parts_of(config, path, leaf)):
+        for part in ("", *_part_names(config, path, leaf)):
             tail = f":{part}" if part else ""
             whole = matches(pattern, path + tail) is not None
             if not whole and (not module or matches(pattern, module + tail) is None):
@@ -218,13 +219,13 @@ def _by_path(
                 left_out |= adaptable(leaf)
             elif adaptable(leaf) and (whole or not _is_vector(path, by_leaf[path], sites)):
                 hit = Hit(target, module or path, leaf=path, part=part)
-                found.append((by_leaf[path].key, hit))
+                named.append((by_leaf[path].key, hit))
             else:
                 refused.append(f"{path!r} {describe(leaf)}{_read_by(path, by_leaf[path], sites)}")
-    return found, [] if found or left_out else refused
+    return named, [] if named or left_out else refused
 
 
-def _parts_of(config: LoraConfig, path: str, leaf: Any) -> Iterable[str]:
+def _part_names(config: LoraConfig, path: str, leaf: Any) -> Iterable[str]:
     return parts_of_leaf(config.parts, path, tuple(leaf.shape)) if adaptable(leaf) else ()
 
 
@@ -249,7 +250,7 @@ def _by_scope(
     target: str, pattern: Any, config: LoraConfig, by_leaf: Mapping[str, TieGroup],
     sites: CallSites | None,
 ) -> list[tuple[str, Hit]]:  # fmt: skip
-    found = []
+    named = []
     for site in sites or ():
         # "Model/embed_tokens.attend" is the module embed_tokens, in its method attend.
         scope = module_path(site.scope)
@@ -257,8 +258,8 @@ def _by_scope(
         if site.leaf not in by_leaf or site.role == OTHER or excluded(config, *names, site.leaf):
             continue
         if any(matches(pattern, n) is not None for n in names) and _in_layer(config, scope):
-            found.append((by_leaf[site.leaf].key, Hit(target, scope, scope=scope)))
-    return found
+            named.append((by_leaf[site.leaf].key, Hit(target, scope, scope=scope)))
+    return named
 
 
 def _by_role(
@@ -267,23 +268,23 @@ def _by_role(
     role = ROLES.get(target)
     if role is None:
         return []
-    found = []
+    named = []
     for group in groups:
         roles = {s.role for s in (sites or CallSites()).of(*group.paths)}
         if {LOOKUP, PROJECTION} <= roles:
-            found.append((group.key, Hit(target, target, role=role)))
-    return found
+            named.append((group.key, Hit(target, target, role=role)))
+    return named
 
 
-def _nothing(
+def _nothing_named(
     field: str, value: Any, unmatched: Sequence[str], leaves: Mapping[str, Any],
     sites: CallSites | None,
 ) -> str:  # fmt: skip
     names = _modules(leaves)
-    near = [n for target in unmatched for n in nearby(target, names)]
+    close = [n for target in unmatched for n in nearby(target, names)]
     text = (
         f"wrap: {field}={value!r} names no leaf, module or call site; "
-        f"nearby: {', '.join(map(repr, dict.fromkeys(near)))}"
+        f"nearby: {', '.join(map(repr, dict.fromkeys(close)))}"
     )
     if sites is None:
         text += (

@@ -16,7 +16,9 @@ from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSite, CallSites
 from flax_tied_lora._planning.axes import SITES_LINE
 from flax_tied_lora._planning.matches import Hit
-from flax_tied_lora._ties.sources import TieGroup, is_table
+from flax_tied_lora._planning.plan import Span
+from flax_tied_lora._ties.groups import TieGroup
+from flax_tied_lora._ties.sources import is_table
 from flax_tied_lora._tree.paths import leaf_name
 
 _FLAG = "ensure_weight_tying"
@@ -29,25 +31,25 @@ class WeightTyingWarning(UserWarning):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A part of a tie group that gets an adapter of its own, and the targets that name it.
+class Share:
+    """What one adapter is for: all of a tie group, or a share of it; and the targets that name it.
 
     Attributes:
       hits: the targets.
       name: what it is called; "" for the whole group.
-      members: leaves that it is; () for all.
-      sites: call sites that it is; None for all.
-      span: of a part of a fused leaf, the axis that it is cut along, its start and its stop.
+      members: the leaves that it has; () for all.
+      sites: the call sites that it has; None for all.
+      span: the part of a fused leaf that it is; None for all of the leaf.
     """
 
     hits: tuple[Hit, ...]
     name: str = ""
     members: tuple[str, ...] = ()
     sites: SiteFilter | None = None
-    span: tuple[int, int, int] | None = None
+    span: Span | None = None
 
     def key(self, group: TieGroup) -> str:
-        """Key of the part's adapter."""
+        """Key of the share's adapter."""
         return f"{group.key}:{self.name}" if self.name else group.key
 
 
@@ -64,41 +66,42 @@ def says_untied(ties: Any) -> bool:
     return getattr(ties, "tie_word_embeddings", None) is False
 
 
-def parts_of(
+def shares_of(
     group: TieGroup, hits: Sequence[Hit], config: LoraConfig, sites: CallSites | None
-) -> tuple[Part, ...]:
-    """Returns the parts of a group that its targets ask adapters for: the whole, unless False."""
+) -> tuple[Share, ...]:
+    """Returns the shares of a group that its targets ask adapters for: the whole, unless False."""
     if not hits:
         return ()
     if config.ensure_weight_tying is not False:
-        return (Part(tuple(hits)),)
+        return (Share(tuple(hits)),)
     named: dict[tuple[Any, Any], list[Hit]] = {}
     for hit in hits:
-        named.setdefault(_part_of(group, hit, sites), []).append(hit)
+        named.setdefault(_meaning(group, hit, sites), []).append(hit)
     if list(named) == [((), None)]:
-        return (Part(tuple(hits)),)
-    parts, taken = [], set()
-    for (members, where), own in named.items():
-        name = own[0].target if own[0].target not in taken else own[0].module
-        if isinstance(config.target_modules, str) and own[0].target == config.target_modules:
-            name = own[0].module  # a regex names nothing by itself
+        return (Share(tuple(hits)),)
+    shares, taken = [], set()
+    for (members, where), alike in named.items():
+        first = alike[0]
+        is_regex = isinstance(config.target_modules, str) and first.target == config.target_modules
+        # A regex names nothing by itself.
+        name = first.module if is_regex or first.target in taken else first.target
         taken.add(name)
-        parts.append(Part(tuple(own), name, members, where))
-    return tuple(parts)
+        shares.append(Share(tuple(alike), name, members, where))
+    return tuple(shares)
 
 
-def _part_of(
+def _meaning(
     group: TieGroup, hit: Hit, sites: CallSites | None
 ) -> tuple[tuple[str, ...], SiteFilter | None]:
-    """Returns the members and the call sites that a target means, for PEFT's modules' sake.
+    """Returns the members and the call sites that a target means.
 
-    A table's module is its lookups: what else reads the table is another module in PyTorch.
+    As in PyTorch a table's module is its lookups only; what else reads the table is another module.
     """
     used = [s for s in (sites or CallSites()).of(*group.paths) if s.role != OTHER]
     if hit.leaf:
         members = (hit.leaf,) if len(group.members) > 1 else ()
-        own = [s for s in used if not members or s.leaf in members]
-        both = {LOOKUP, PROJECTION} <= {s.role for s in own}
+        sites_of_leaf = [s for s in used if not members or s.leaf in members]
+        both = {LOOKUP, PROJECTION} <= {s.role for s in sites_of_leaf}
         return members, SiteFilter(role=LOOKUP) if both else None
     where = SiteFilter(scope=hit.scope) if hit.scope else SiteFilter(role=hit.role)
     meant = [s for s in used if _is_in(s, where)]
@@ -114,18 +117,18 @@ def _is_in(site: CallSite, where: SiteFilter) -> bool:
 
 
 def check_overlap(
-    what: str, group: TieGroup, parts: Sequence[Part], sites: CallSites | None
+    what: str, group: TieGroup, shares: Sequence[Share], sites: CallSites | None
 ) -> None:
-    """Refuses two parts that share a call site: only one array can stand in for another.
+    """Refuses two shares with a call site in common: only one array can stand in for another.
 
     Raises:
       ValueError: they do.
     """
-    if sites is None or len(parts) < 2:
+    if sites is None or len(shares) < 2:
         return
     for site in sites.of(*group.paths):
         both = [
-            p.name for p in parts
+            p.name for p in shares
             if (not p.members or site.leaf in p.members) and (not p.sites or _is_in(site, p.sites))
         ]  # fmt: skip
         if len(both) > 1:

@@ -11,7 +11,7 @@ from flax_tied_lora._config.checks import pattern_value
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._planning.matches import Hits, by_part, numbered
 from flax_tied_lora._planning.targets import UnmatchedTargetWarning
-from flax_tied_lora._ties.sources import TieGroup
+from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._tree.paths import describe, nearby
 
 _NOTHING = object()
@@ -26,10 +26,10 @@ def check_patterns(
       ValueError: a key is for one of the layers that are stacked in one leaf.
     """
     modules: dict[str, str] = {}
-    for hit in (h for found in hits.values() for h in found):
+    for hit in (h for hits_of_group in hits.values() for h in hits_of_group):
         modules[hit.module] = hit.leaf
-        own = parts_of_leaf(config.parts, hit.leaf, leaves[hit.leaf].shape) if hit.leaf else {}
-        modules |= {f"{hit.module}:{part}": "" for part in own}
+        parts = parts_of_leaf(config.parts, hit.leaf, leaves[hit.leaf].shape) if hit.leaf else {}
+        modules |= {f"{hit.module}:{part}": "" for part in parts}
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern, value in getattr(config, field).items():
             alone = {pattern: value}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 
 from flax_tied_lora._algebra.site_filter import LOOKUP
-from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._interpreter.sites import CallSite, CallSites
+from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._ties.sources import (
-    CONFIG,
     DATA_FLOW,
-    DECLARED,
-    EQUAL_VALUES,
-    SAME_ARRAY,
-    Member,
-    TieGroup,
+    SOURCES,
+    Link,
     by_value,
-    declare,
+    declared,
     from_config,
     is_table,
     same_arrays,
@@ -27,8 +24,24 @@ from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._tree.quantized_array import array_of
 
 
+class TiedConfig(Protocol):
+    """A model's config that says whether embedding and output projection are tied."""
+
+    @property
+    def tie_word_embeddings(self) -> Any: ...
+
+
+# What `find_ties` takes for what is tied.
+Ties = (
+    Literal["auto"]
+    | Sequence[tuple[str, ...] | list[str] | TieGroup]
+    | Mapping[str, Any]
+    | TiedConfig
+)
+
+
 def find_ties(
-    params: Any, ties: Any = "auto", *, sites: CallSites | None = None, equal_values: bool = False
+    params: Any, ties: Ties = "auto", *, sites: CallSites | None = None, equal_values: bool = False
 ) -> list[TieGroup]:
     """Returns the tie groups of a params pytree.
 
@@ -64,92 +77,76 @@ def ties_among(
     leaves: Mapping[str, Any], ties: Any, *, sites: CallSites | None, equal_values: bool = False
 ) -> list[TieGroup]:
     """Returns the tie groups among leaves by path; see `find_ties`."""
-    links = _Links(leaves)
-    for paths in same_arrays(leaves):
-        for path in paths[1:]:
-            links.add(paths[0], path, False, SAME_ARRAY)
+    links = same_arrays(leaves)
     if isinstance(ties, str):
         if ties != "auto":
             raise TypeError(
                 f"find_ties: ties={ties!r}; expected 'auto', a list, or a model's config"
             )
     elif isinstance(ties, Mapping) or hasattr(ties, "tie_word_embeddings"):
-        from_config(leaves, ties, links)
+        links = from_config(leaves, ties, links)
     elif isinstance(ties, Sequence):
-        for entry in ties:
-            declare(leaves, entry, links)
+        links += [link for entry in ties for link in declared(leaves, entry)]
     else:
         raise TypeError(
             f"find_ties: ties is a {type(ties).__name__}; expected 'auto', a list of path pairs or "
             "TieGroups, or a model's config with tie_word_embeddings"
         )
     if equal_values:
-        by_value(leaves, links)
-    return links.groups(sites or CallSites())
+        links += by_value(leaves)
+    return _groups(leaves, links, sites or CallSites())
 
 
-class _Links:
-    """Ties as they are found, joined into groups; each with an orientation and its sources."""
+def _groups(leaves: Mapping[str, Any], links: Sequence[Link], sites: CallSites) -> list[TieGroup]:
+    """Returns the groups that links join leaves to, and those of one leaf read at several sites."""
+    neighbours: dict[str, list[Link]] = {}
+    for link in links:
+        neighbours.setdefault(link.first, []).append(link)
+        neighbours.setdefault(link.second, []).append(link)
+    reads: dict[str, list[CallSite]] = {}
+    for site in sites:
+        reads.setdefault(site.leaf, []).append(site)
+    groups, seen = [], set()
+    for path in leaves:
+        if path in seen:
+            continue
+        flips, sources, queue = {path: False}, set(), [path]
+        while queue:
+            member = queue.pop()
+            for link in neighbours.get(member, ()):
+                other = link.second if link.first == member else link.first
+                sources.add(link.source)
+                flip = flips[member] ^ link.transposed
+                if flips.setdefault(other, flip) != flip:
+                    raise ValueError(
+                        f"find_ties: {other!r} is tied to {path!r} both as it is and transposed; "
+                        "check ties=..., or leave one of them out"
+                    )
+                if other not in seen:
+                    seen.add(other)
+                    queue.append(other)
+        seen.add(path)
+        if sum(len(reads.get(p, ())) for p in flips) > 1:
+            sources.add(DATA_FLOW)
+        if sources:
+            groups.append(_group(leaves, flips, sources, reads))
+    return groups
 
-    def __init__(self, leaves: Mapping[str, Any]):
-        self.leaves = leaves
-        self.edges: list[tuple[str, str, bool, str]] = []
 
-    def add(self, first: str, second: str, transposed: bool, source: str) -> None:
-        self.edges.append((first, second, transposed, source))
+def _group(
+    leaves: Mapping[str, Any], flips: Mapping[str, bool], sources: set[str],
+    reads: Mapping[str, Sequence[CallSite]],
+) -> TieGroup:  # fmt: skip
+    """Returns a group, first the member that is stored: with values, looked up, called a table."""
 
-    def remove(self, first: Iterable[str], second: Iterable[str]) -> None:
-        a, b = set(first), set(second)
-        self.edges = [
-            e for e in self.edges if not ((e[0] in a and e[1] in b) or (e[0] in b and e[1] in a))
-        ]
+    def rank(path: str) -> tuple[bool, bool, bool]:
+        looked_up = any(s.role == LOOKUP for s in reads.get(path, ()))
+        abstract = isinstance(array_of(leaves[path]), jax.ShapeDtypeStruct)
+        return abstract, not looked_up, not is_table(path)
 
-    def groups(self, sites: CallSites) -> list[TieGroup]:
-        neighbours: dict[str, list[tuple[str, bool, str]]] = {}
-        for first, second, transposed, source in self.edges:
-            neighbours.setdefault(first, []).append((second, transposed, source))
-            neighbours.setdefault(second, []).append((first, transposed, source))
-        reads: dict[str, list[Any]] = {}
-        for site in sites:
-            reads.setdefault(site.leaf, []).append(site)
-        result, seen = [], set()
-        for path in self.leaves:
-            if path in seen:
-                continue
-            flips, found, queue = {path: False}, set(), [path]
-            while queue:
-                here = queue.pop()
-                for there, transposed, source in neighbours.get(here, ()):
-                    found.add(source)
-                    flip = flips[here] ^ transposed
-                    if flips.setdefault(there, flip) != flip:
-                        raise ValueError(
-                            f"find_ties: {there!r} is tied to {path!r} both as it is and "
-                            "transposed; check ties=..., or leave one of them out"
-                        )
-                    if there not in seen:
-                        seen.add(there)
-                        queue.append(there)
-            seen.add(path)
-            if sum(len(reads.get(p, ())) for p in flips) > 1:
-                found.add(DATA_FLOW)
-            if found:
-                result.append(self._group(flips, found, reads))
-        return result
-
-    def _group(self, flips: dict[str, bool], found: set[str], reads: Mapping[str, Any]) -> TieGroup:
-        def rank(path: str) -> tuple[bool, bool, bool]:
-            looked_up = any(s.role == LOOKUP for s in reads.get(path, ()))
-            return (
-                isinstance(array_of(self.leaves[path]), jax.ShapeDtypeStruct),
-                not looked_up,
-                not is_table(path),
-            )
-
-        order = sorted(flips, key=rank)
-        base = flips[order[0]]
-        order_found = (SAME_ARRAY, DECLARED, CONFIG, EQUAL_VALUES, DATA_FLOW)
-        return TieGroup(
-            tuple(Member(p, flips[p] != base) for p in order),
-            tuple(source for source in order_found if source in found),
-        )
+    order = sorted(flips, key=rank)
+    stored = flips[order[0]]
+    return TieGroup(
+        tuple(Member(p, flips[p] != stored) for p in order),
+        tuple(source for source in SOURCES if source in sources),
+    )

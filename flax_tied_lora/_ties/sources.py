@@ -1,15 +1,15 @@
-"""Tie groups, and where ties are known from: identity, declaration, model config, equal values."""
+"""Where ties are known from: identity, declaration, model config, equal values."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._tree.paths import (
     describe,
     is_marker,
@@ -27,6 +27,7 @@ DECLARED = "declared"
 CONFIG = "model config"
 EQUAL_VALUES = "equal values"
 DATA_FLOW = "data flow"
+SOURCES = (SAME_ARRAY, DECLARED, CONFIG, EQUAL_VALUES, DATA_FLOW)
 
 # Modules that model families call their input embedding and their output projection by.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed")
@@ -34,45 +35,19 @@ HEADS = ("lm_head", "output", "embed_out")
 _SAMPLE = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """A leaf of a tie group.
+class Link(NamedTuple):
+    """Two leaves that are one array.
 
     Attributes:
-      path: of the leaf.
-      transposed: whether the leaf is the transpose of the group's canonical leaf.
+      first, second: their paths.
+      transposed: whether one is the transpose of the other.
+      source: how that is known.
     """
 
-    path: str
-    transposed: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class TieGroup:
-    """One stored array, and every leaf that is that array.
-
-    Attributes:
-      members: the leaves; the first one is canonical, and is stored.
-      found: how the tie is known: "same array", "declared", "model config", "equal values",
-        "data flow" (one leaf, read at several call sites).
-    """
-
-    members: tuple[Member, ...]
-    found: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Path of the canonical leaf."""
-        return self.members[0].path
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Paths of all members."""
-        return tuple(m.path for m in self.members)
-
-    def __str__(self) -> str:
-        names = [m.path + (" (transposed)" if m.transposed else "") for m in self.members]
-        return f"{' = '.join(names)} [{', '.join(self.found)}]"
+    first: str
+    second: str
+    transposed: bool
+    source: str
 
 
 def is_table(path: str) -> bool:
@@ -80,25 +55,32 @@ def is_table(path: str) -> bool:
     return "embedding" in leaf_name(path)
 
 
-def same_arrays(leaves: Mapping[str, Any]) -> list[list[str]]:
+def same_arrays(leaves: Mapping[str, Any]) -> list[Link]:
+    """Returns the ties of leaves that are the same object."""
     by_identity: dict[int, list[str]] = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.Array | np.ndarray | QuantizedArray) and leaf.ndim:
             by_identity.setdefault(id(leaf), []).append(path)
-    return [paths for paths in by_identity.values() if len(paths) > 1]
+    groups = by_identity.values()
+    return [Link(first, other, False, SAME_ARRAY) for first, *others in groups for other in others]
 
 
-def declare(leaves: Mapping[str, Any], entry: Any, links: Any) -> None:
+def declared(leaves: Mapping[str, Any], entry: Any) -> list[Link]:
+    """Returns the ties that the user declares with one entry.
+
+    Raises:
+      ValueError: a leaf does not exist, or the shapes do not fit.
+      TypeError: the entry is no pair of paths and no `TieGroup`.
+    """
     if isinstance(entry, TieGroup):
-        first = entry.members[0]
-        source = entry.found[0] if entry.found else DECLARED
+        first, *others = entry.members
         for member in entry.members:
             _existing(leaves, member.path)
-        for member in entry.members[1:]:
-            transposed = member.transposed != first.transposed
-            _check_shapes(leaves, first.path, member.path, transposed)
-            links.add(first.path, member.path, transposed, source)
-        return
+        source = entry.found[0] if entry.found else DECLARED
+        links = [Link(first.path, m.path, m.transposed != first.transposed, source) for m in others]
+        for link in links:
+            _check_shapes(leaves, link.first, link.second, link.transposed)
+        return links
     if not (
         isinstance(entry, Sequence)
         and len(entry) in (2, 3)
@@ -116,7 +98,7 @@ def declare(leaves: Mapping[str, Any], entry: Any, links: Any) -> None:
         raise ValueError(
             f"find_ties: {how[0]!r} in a declared tie; expected 'same' or 'transposed'"
         )
-    links.add(first, second, _orientation(leaves, first, second, how), DECLARED)
+    return [Link(first, second, _orientation(leaves, first, second, how), DECLARED)]
 
 
 def _existing(leaves: Mapping[str, Any], path: str) -> None:
@@ -153,7 +135,12 @@ def _check_shapes(leaves: Mapping[str, Any], first: str, second: str, transposed
         )
 
 
-def from_config(leaves: Mapping[str, Any], config: Any, links: Any) -> None:
+def from_config(leaves: Mapping[str, Any], config: Any, links: Sequence[Link]) -> list[Link]:
+    """Returns ties with that of embedding and output projection, or without, as a config says.
+
+    Raises:
+      ValueError: it does not say whether they are tied, or not which leaves they are.
+    """
     get = config.get if isinstance(config, Mapping) else lambda n, d=None: getattr(config, n, d)
     tied = get("tie_word_embeddings")
     if not isinstance(tied, bool):
@@ -162,25 +149,28 @@ def from_config(leaves: Mapping[str, Any], config: Any, links: Any) -> None:
         )
     tables, heads = _vocabulary_leaves(leaves, get("vocab_size"))
     if not tied:
-        links.remove(tables, heads)
-        return
+        pairs = {frozenset((table, head)) for table in tables for head in heads}
+        return [link for link in links if frozenset((link.first, link.second)) not in pairs]
     if len(tables) > 1 and heads:
         raise ValueError(
             "find_ties: the config says tie_word_embeddings, and each of "
             f"{', '.join(map(repr, tables))} could be the input embedding; say which with "
             "ties=[(embedding, head), ...]"
         )
-    for table in tables:
-        for head in heads:
-            a, b = tuple(leaves[table].shape), tuple(leaves[head].shape)
-            # A projection's kernel is [width, vocabulary] in Flax.
-            links.add(table, head, a[::-1] == b, CONFIG)
     if not tables:
         raise ValueError(
             "find_ties: the config says tie_word_embeddings, and no leaf looks like the input "
             f"embedding (a leaf called 'embedding' of vocab_size={get('vocab_size')} rows in one "
             f"of {', '.join(EMBEDDINGS)}); say which with ties=[(embedding, head), ...]"
         )
+    # A projection's kernel is [width, vocabulary] in Flax.
+    return [
+        *links,
+        *(
+            Link(table, head, tuple(leaves[table].shape)[::-1] == tuple(leaves[head].shape), CONFIG)
+            for table in tables for head in heads
+        ),
+    ]  # fmt: skip
 
 
 def _vocabulary_leaves(leaves: Mapping[str, Any], size: Any) -> tuple[list[str], list[str]]:
@@ -205,8 +195,12 @@ def _vocabulary_leaves(leaves: Mapping[str, Any], size: Any) -> tuple[list[str],
     return named or tables, heads
 
 
-def by_value(leaves: Mapping[str, Any], links: Any) -> None:
-    """Compares shapes first, then a sample, then the whole; constant arrays never count."""
+def by_value(leaves: Mapping[str, Any]) -> list[Link]:
+    """Returns the ties of leaves with equal values; arrays of one repeated value never count.
+
+    Shapes are compared first, then a sample, and what is left as a whole.
+    """
+    links: list[Link] = []
     by_shape: dict[Any, list[str]] = {}
     for path, leaf in leaves.items():
         stored = array_of(leaf)
@@ -224,9 +218,10 @@ def by_value(leaves: Mapping[str, Any], links: Any) -> None:
             hits = [(other, flip) for key, flip in keys.items() for other in by_sample.get(key, ())]
             for other, flip in hits:
                 if _equal(plain_array(leaves[other]), leaf, flip):
-                    links.add(other, path, flip, EQUAL_VALUES)
+                    links.append(Link(other, path, flip, EQUAL_VALUES))
                     break
             by_sample.setdefault((shape, row, column), []).append(path)
+    return links
 
 
 def _sample(leaf: Any) -> tuple[bytes, bytes]:

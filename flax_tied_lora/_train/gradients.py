@@ -1,22 +1,25 @@
-"""Gradients of the adapters only."""
+"""`value_and_grad`: a loss, and its gradient with respect to the adapters only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, Adapters
 from flax_tied_lora._adapters.dropout import warn_without_dropout
 from flax_tied_lora._tree.boxes import in_place
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 DROPOUT_ON = "adapted.train(key) turns it on, with a key of its own for each step"
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], *, has_aux: bool = False
-) -> Callable[..., tuple[Any, Any]]:
+    loss_fn: Callable[Concatenate[Adapted, _P], _R], *, has_aux: bool = False
+) -> Callable[Concatenate[Adapted, _P], tuple[_R, Adapters]]:
     """Returns a function that gives a loss and its gradient with respect to the adapters.
 
     Like `jax.value_and_grad`, but only ``adapted.adapters`` is differentiated: the frozen params
@@ -56,13 +59,15 @@ def value_and_grad(
     """
     gradients = of_adapters(loss_fn, has_aux=has_aux)
 
-    def run(adapted: Adapted, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def value_and_grads(
+        adapted: Adapted, *args: _P.args, **kwargs: _P.kwargs
+    ) -> tuple[_R, Adapters]:
         check_trained("value_and_grad", adapted)
         if adapted.rng is None:
             warn_without_dropout("value_and_grad", adapted.plan, DROPOUT_ON, stacklevel=2)
         return gradients(adapted, *args, **kwargs)
 
-    return run
+    return value_and_grads
 
 
 def of_adapters(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., tuple[Any, Any]]:
@@ -73,7 +78,7 @@ def of_adapters(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., 
             return loss_fn(adapted.replace(adapters=adapters), *args, **kwargs)
 
         value, grads = jax.value_and_grad(of_adapters, has_aux=has_aux)(adapted.adapters)
-        # A loss that was compiled gives them back as the compiler had them.
+        # The gradients of a compiled loss have the sharding that the compiler chose.
         return value, jax.tree.map(in_place, adapted.adapters, grads)
 
     return run

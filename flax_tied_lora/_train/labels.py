@@ -1,4 +1,4 @@
-"""Labels for the trainable arrays: by what they are, by layer, by name."""
+"""`labels` and `labels_by`: labels for the trainable arrays, by kind, by layer, by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax_tied_lora._config.checks import pattern_value
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
 from flax_tied_lora._tree.paths import layer_index, module_of, nearby
 
-# A table's projection sums over its columns: what is next to the inputs then is lora_b.
+# A table's projection sums over its columns, so the factor next to the inputs is lora_b.
 _SWAPPED = {"lora_a": "lora_b", "lora_b": "lora_a"}
 
 
@@ -27,8 +27,9 @@ def labels(adapted: Adapted | Plan) -> dict[str, Any]:
       A pytree like ``adapted.adapters`` with a string in place of each array:
 
       * ``"lora_a"``, ``"lora_b"``: PEFT's A (next to the inputs) and B (next to the outputs);
-      * ``"embedding"``: either factor of a table that is looked up, tied or not. An adapter of its
-        projections alone is a head's: the factor of the table's width is its ``"lora_a"``;
+      * ``"embedding"``: either factor of a table that is looked up, tied or not. An adapter for the
+        table's projections alone is a head's instead: the factor next to the inputs, as wide as
+        the table, is its ``"lora_a"``;
       * ``"lora_magnitude"``: of DoRA;
       * ``"modules_to_save"``, ``"trainable_tokens"``, ``"bias"``.
 
@@ -41,7 +42,7 @@ def labels(adapted: Adapted | Plan) -> dict[str, Any]:
           {"lora_a": optax.set_to_zero(), "lora_b": optax.adam(1e-3)}, train.labels(adapted)
       )
     """
-    return by_adapter(plan_of("labels", adapted), what_it_is)
+    return by_adapter(checked_plan("labels", adapted), label_of)
 
 
 def labels_by(
@@ -56,11 +57,12 @@ def labels_by(
 
     Args:
       adapted: or its plan.
-      rules: the first that fits gives the label. An int is the index of a layer, counted as by
-        ``layers_to_transform``; a string a regex for a leaf's or module's path, or for its last
-        parts, as in ``rank_pattern``. Any member of a tie group will do; of a separate adapter its
-        name (``"lm_head"``), or key; of a part of a fused leaf ``"qkv_proj:q"``, too.
-      default: label of what no rule fits.
+      rules: ``{rule: label}``; the first rule that fits gives the label. An int is the index of a
+        layer, counted as by ``layers_to_transform``; a string is a regex for a leaf's or module's
+        path, or for its last parts, as in ``rank_pattern``. A tie group fits by any of its members;
+        a separate adapter also by its name (``"lm_head"``) or key; a part of a fused leaf also by
+        ``"qkv_proj:q"``.
+      default: label of an array that no rule fits.
 
     Returns:
       A pytree like ``adapted.adapters``.
@@ -69,13 +71,13 @@ def labels_by(
       TypeError: ``adapted``, a rule or a label is of another type.
       ValueError: a rule is no valid regex, or fits no adapter.
     """
-    plan = plan_of("labels_by", adapted)
+    plan = checked_plan("labels_by", adapted)
     _check_rules(rules, default)
     fitted: set[int | str] = set()
 
     def label(group: GroupPlan, adapter: AdapterPlan, name: str) -> Hashable:
         names = _names(group, adapter)
-        # A rule that an earlier one always forestalls is no mistake: all that fit are noted.
+        # A rule that never applies because an earlier one does is no mistake: note all that fit.
         fitting = [rule for rule in rules if any(_fits(rule, n) for n in names)]
         fitted.update(fitting)
         return rules[fitting[0]] if fitting else default
@@ -93,8 +95,8 @@ def labels_by(
     return result
 
 
-def plan_of(what: str, adapted: Any) -> Plan:
-    """Returns the plan of an `Adapted`, or the plan that it is given."""
+def checked_plan(what: str, adapted: Any) -> Plan:
+    """Returns the plan of an `Adapted`, or a plan as it is; ``what`` names the error's function."""
     plan = adapted.plan if isinstance(adapted, Adapted) else adapted
     if not isinstance(plan, Plan):
         raise TypeError(
@@ -116,7 +118,7 @@ def by_adapter(
     return result
 
 
-def what_it_is(group: GroupPlan, adapter: AdapterPlan, name: str) -> str:
+def label_of(group: GroupPlan, adapter: AdapterPlan, name: str) -> str:
     """Returns the label of one array of an adapter; see `labels`."""
     if adapter.kind != LORA:
         return adapter.kind
@@ -144,7 +146,7 @@ def _check_rules(rules: Any, default: Any) -> None:
 
 
 def _names(group: GroupPlan, adapter: AdapterPlan) -> list[str]:
-    """Returns the paths that a rule may mean an adapter by."""
+    """Returns the paths and names that a rule may have for an adapter."""
     paths = adapter.members if adapter.separate else [m.path for m in group.members]
     paths = [*paths, *map(module_of, paths)]
     names = [adapter.key, adapter.name, *paths, *map(adapter.named, paths)]

@@ -1,4 +1,4 @@
-"""LoRA+ (arXiv:2402.12354)."""
+"""`lora_plus`: an optimizer with the learning rates of LoRA+ (arXiv:2402.12354)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flax_tied_lora._planning.plan import (
     GroupPlan,
     Plan,
 )
-from flax_tied_lora._train.labels import by_adapter, plan_of, what_it_is
+from flax_tied_lora._train.labels import by_adapter, checked_plan, label_of
 from flax_tied_lora._tree.paths import leaf_name
 
 
@@ -47,34 +47,34 @@ def lora_plus(
     biases, and copies of a norm's scale                  ratio * learning_rate    no
     ====================================================  =======================  ============
 
-    PEFT's default for tables, 1e-6, all but freezes them. A tied table is one group of its own:
-    where PEFT ties two adapters, it also steps the shared memory with the rates of the head's.
+    PEFT's default for tables, 1e-6, all but freezes them. A tied table is stepped once, with the
+    table's rate; where PEFT ties two adapters, it also steps the shared memory with the head's.
 
     Args:
       adapted: or its plan.
       learning_rate: a number or schedule.
-      ratio: PEFT's ``loraplus_lr_ratio``; 1 or more, says the paper.
-      embedding_learning_rate: PEFT's ``loraplus_lr_embedding``. A schedule for the learning rate
-        does not change it: give it one too.
+      ratio: PEFT's ``loraplus_lr_ratio``; the paper recommends 1 or more.
+      embedding_learning_rate: PEFT's ``loraplus_lr_embedding``, a number or schedule; a schedule in
+        ``learning_rate`` does not change it.
       weight_decay: PEFT's ``loraplus_weight_decay``.
-      optimizer: called ``optimizer(learning_rate, weight_decay=...)`` once for each row of the
-        table; without the keyword where it has no such argument. Options go in with
+      optimizer: called ``optimizer(learning_rate, weight_decay=...)`` for each row of the table;
+        without the keyword where it has no such argument. Give it other options with
         `functools.partial`.
 
     Raises:
       TypeError: ``adapted`` is neither an `Adapted` nor a `Plan`.
       ValueError: ``ratio`` or ``weight_decay`` is out of range, or the optimizer cannot decay
-        weights, or is bound to a decay of its own.
+        weights, or is bound to a ``weight_decay`` already.
 
     Example::
 
       optimizer = train.lora_plus(adapted, optax.cosine_decay_schedule(1e-4, 1000))
       state = optimizer.init(adapted.adapters)
     """
-    plan = plan_of("lora_plus", adapted)
+    plan = checked_plan("lora_plus", adapted)
     _check_number("ratio", ratio, above_zero=True)
     _check_number("weight_decay", weight_decay, above_zero=False)
-    groups = by_adapter(plan, _lora_plus_group)
+    groups = by_adapter(plan, _rates_group)
     faster = _times(learning_rate, ratio)
     rates = {
         "lora_a": (learning_rate, weight_decay),
@@ -84,13 +84,15 @@ def lora_plus(
     }
     used = set(jax.tree.leaves(groups))
     transforms: dict[Hashable, optax.GradientTransformation] = {
-        name: _made(optimizer, rate, decay) for name, (rate, decay) in rates.items() if name in used
+        name: _transform(optimizer, rate, decay)
+        for name, (rate, decay) in rates.items()
+        if name in used
     }
     return optax.partition(transforms, groups)
 
 
-def _lora_plus_group(group: GroupPlan, adapter: AdapterPlan, name: str) -> str:
-    label = what_it_is(group, adapter, name)
+def _rates_group(group: GroupPlan, adapter: AdapterPlan, name: str) -> str:
+    label = label_of(group, adapter, name)
     if label == "embedding":
         return label
     if adapter.kind in (MODULES_TO_SAVE, TRAINABLE_TOKENS) and len(group.shape) > 1:
@@ -102,7 +104,7 @@ def _lora_plus_group(group: GroupPlan, adapter: AdapterPlan, name: str) -> str:
     return "lora_b" if decays and adapter.kind != BIAS else "no_decay"
 
 
-def _made(optimizer: Callable[..., Any], rate: Any, decay: float) -> Any:
+def _transform(optimizer: Callable[..., Any], rate: Any, decay: float) -> Any:
     if "weight_decay" in getattr(optimizer, "keywords", {}):
         raise ValueError(
             "lora_plus: the optimizer is bound to a weight_decay of its own; give it to lora_plus, "

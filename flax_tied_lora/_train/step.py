@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.adapted import Adapted, Params
 from flax_tied_lora._adapters.dropout import warn_without_dropout
 from flax_tied_lora._adapters.split import combine, split
 from flax_tied_lora._train.gradients import DROPOUT_ON, check_trained, of_adapters
@@ -85,8 +85,8 @@ class Step:
         self._compiled = functools.cache(self._jitted)
 
     def __call__(
-        self, adapted: Adapted, opt_state: Any, *args: Any, **kwargs: Any
-    ) -> tuple[Adapted, Any, Any]:
+        self, adapted: Adapted[Params], opt_state: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Adapted[Params], Any, Any]:
         """Returns the `Adapted` and the optimizer's state after a step, and the loss before it."""
         check_trained("step", adapted)
         if adapted.rng is None:

@@ -59,13 +59,18 @@ def is_box(node: Any) -> bool:
     return isinstance(node, meta.AxisMetadata)
 
 
+def boxed_as(old: Any, array: Any) -> Any:
+    """Returns an array in the box, if there is one, of the array that it takes the place of."""
+    return old.replace_boxed(array) if is_box(old) else array
+
+
 def in_place(old: Any, array: jax.Array) -> Any:
-    """Returns an array boxed and placed as the one that it comes in the place of."""
+    """Returns an array boxed and placed as the one that it takes the place of."""
     if not is_tracer(array):  # a tracer takes long to say that it is placed nowhere
         sharding = getattr(unboxed(old), "sharding", None)
         if isinstance(sharding, jax.NamedSharding):
             array = jax.device_put(array, sharding)
-    return old.replace_boxed(array) if hasattr(old, "replace_boxed") else array
+    return boxed_as(old, array)
 
 
 def nnx_type(name: str) -> Any:

@@ -23,8 +23,8 @@ def typed_key(what: str, rng: Any) -> jax.Array:
         return rng
     if dtype == jnp.uint32:
         return jax.random.wrap_key_data(rng)
-    found = f"a {type(rng).__name__}" if dtype is None else describe(rng)
-    raise TypeError(f"{what}: rng is {found}; expected a key, as jax.random.key(0) makes one")
+    given = f"a {type(rng).__name__}" if dtype is None else describe(rng)
+    raise TypeError(f"{what}: rng is {given}; expected a key, as jax.random.key(0) makes one")
 
 
 def key_number(name: str) -> int:

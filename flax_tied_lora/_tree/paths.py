@@ -158,9 +158,9 @@ def layer_index(path: str, layers_pattern: Collection[str] | None) -> int | None
     ``peft.tuners.tuners_utils.check_target_module_exists``.
     """
     for pattern in layers_pattern or ("[^.]*?",):
-        found = re.match(rf"(?:^|.*?\.){pattern}[._](\d+)(?:\.|$)", dotted(path))
-        if found:
-            return int(found.group(1))
+        match = re.match(rf"(?:^|.*?\.){pattern}[._](\d+)(?:\.|$)", dotted(path))
+        if match:
+            return int(match.group(1))
     return None
 
 

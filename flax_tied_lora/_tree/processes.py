@@ -67,7 +67,7 @@ def in_one_process(write: Callable[[], None], failed: Callable[[], Exception]) -
 
 
 def differing(numbers: Any) -> np.ndarray:
-    """Returns which of a process's numbers, [n] of uint32, are others in another process."""
+    """Returns which of some numbers, [n] of uint32, differ between processes, [n] of bool."""
     if jax.process_count() == 1 or not len(numbers):
         return np.zeros(len(numbers), bool)
     everywhere = multihost_utils.process_allgather(np.asarray(numbers, np.uint32))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import register_dataclass
 
-from flax_tied_lora._tree.sharding import automatic, explicit, parts
+from flax_tied_lora._tree.sharding import automatic, explicit, shard_count
 
 FOUR_BITS = ("int4", "nf4")
 QTYPES = ("int8", *FOUR_BITS)
@@ -70,11 +70,11 @@ class QuantizedArray:
             return cls(values, made.scale, qtype, axis)
 
         def make(array: Any) -> QuantizedArray:
-            own = explicit(jax.typeof(array))
-            if own is None:
+            sharding = explicit(jax.typeof(array))
+            if sharding is None:
                 return integers(array)
             shapes = jax.eval_shape(integers, jax.ShapeDtypeStruct(array.shape, array.dtype))
-            return automatic(integers, jax.tree.map(lambda x: _fitting(own, x), shapes))(array)
+            return automatic(integers, jax.tree.map(lambda x: _fitting(sharding, x), shapes))(array)
 
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.eval_shape(make, array)
@@ -103,7 +103,7 @@ class QuantizedArray:
 
     @property
     def T(self) -> QuantizedArray:  # noqa: N802 (an array's)
-        """The transpose of one of two axes."""
+        """The transpose, of an array with two axes."""
         return QuantizedArray(self.values.T, self.scales.T, self.qtype, 1 - self.axis)
 
     @property
@@ -132,7 +132,7 @@ def is_quantized(node: Any) -> bool:
 
 
 def dequantized_leaves(leaves: Mapping[str, Any]) -> dict[str, Array]:
-    """Returns the quantised ones of some leaves as arrays, what is shared as one array."""
+    """Returns the quantised leaves among some as arrays; one under several paths is one array."""
     made: dict[int, Array] = {}
     stored = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
     for leaf in stored.values():
@@ -142,12 +142,12 @@ def dequantized_leaves(leaves: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def plain_array(leaf: Any) -> Any:
-    """Returns the array that a leaf stands for: of a quantised one it is made."""
+    """Returns the array that a leaf stands for; a quantised one is dequantised."""
     return leaf.dequantize() if is_quantized(leaf) else leaf
 
 
 def array_of(leaf: Any) -> Any:
-    """Returns what is stored of a leaf: of a quantised one the integers."""
+    """Returns the array that a leaf is stored in: of a quantised one the integers."""
     return leaf.values if is_quantized(leaf) else leaf
 
 
@@ -164,15 +164,18 @@ def dequantized(values: Array, scales: Array, qtype: str, axis: int) -> Array:
             values = _unpacked(values, axis, scales.shape[axis], qtype)
         return qwix().dequantize(qwix().QArray(values, scales, None, qtype))
 
-    own = explicit(jax.typeof(values))
-    return (make if own is None else automatic(make, own))(values, scales)
+    sharding = explicit(jax.typeof(values))
+    return (make if sharding is None else automatic(make, sharding))(values, scales)
 
 
 def _fitting(sharding: jax.NamedSharding, array: Any) -> jax.NamedSharding:
     """Returns a sharding without the axes that an array is too short for."""
     spec = (*sharding.spec, *[None] * (len(array.shape) - len(sharding.spec)))
     mesh = sharding.mesh
-    kept = [s if n % parts(mesh, s) == 0 else None for s, n in zip(spec, array.shape, strict=True)]
+    kept = [
+        names if n % shard_count(mesh, names) == 0 else None
+        for names, n in zip(spec, array.shape, strict=True)
+    ]
     return jax.NamedSharding(mesh, jax.P(*kept))
 
 

@@ -1,4 +1,4 @@
-"""Where arrays are: shardings that are part of a type, manual mesh axes, and parts of an axis."""
+"""Where arrays are: shardings that are part of a type, manual mesh axes, and shards of an axis."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def split(array: Any) -> jax.NamedSharding | None:
 
 
 def single(array: Any) -> bool:
-    """Returns whether an array is in one part, as far as its type says.
+    """Returns whether an array is one shard, as far as its type says.
 
     On Auto axes a type says the mesh, and not what is split.
     """
-    return automatic_parts(array) == 1 and split(array) is None
+    return automatic_shard_count(array) == 1 and split(array) is None
 
 
 def share_names(*arrays: Any) -> bool:
@@ -42,7 +42,7 @@ def share_names(*arrays: Any) -> bool:
 
 
 def replicated(array: Any) -> Any:
-    """Returns an array without Explicit axes, for what takes the whole of it, or joins several."""
+    """Returns an array replicated over Explicit axes, for what needs it whole or joins several."""
     sharding = split(array)
     if sharding is None:
         return array
@@ -58,19 +58,19 @@ def placed_as(array: Any, other: Any) -> Any:
 def automatic(function: Any, out_sharding: Any) -> Any:
     """Returns a function within which the compiler places arrays, as on Auto mesh axes.
 
-    What takes axes apart and puts them together has no rule for Explicit ones.
+    For operations that split and join axes, which have no rule for Explicit ones.
     """
     return jax.sharding.auto_axes(function, out_sharding=out_sharding)
 
 
-def parts(mesh: Any, names: Any) -> int:
-    """Returns in how many parts an axis is split: what a spec names for it is a name or several."""
+def shard_count(mesh: Any, names: Any) -> int:
+    """Returns how many shards an axis has, whose entry in a spec is a name, several or None."""
     names = names if isinstance(names, tuple) else (names,)
     return math.prod(mesh.shape[n] for n in names if isinstance(n, str))
 
 
-def automatic_parts(array: Any) -> int:
-    """Returns in how many parts the compiler may have an array: of its type, Auto axes' devices."""
+def automatic_shard_count(array: Any) -> int:
+    """Returns into how many shards the compiler may split an array: the devices of Auto axes."""
     sharding = getattr(jax.typeof(array), "sharding", None)
     if sharding is None:
         return 1
@@ -79,11 +79,11 @@ def automatic_parts(array: Any) -> int:
 
 
 def varying(array: Any) -> frozenset[str]:
-    """Returns the manual mesh axes that an array differs over, inside a `jax.shard_map`."""
+    """Returns the manual mesh axes that an array varies over, inside a `jax.shard_map`."""
     return frozenset(getattr(getattr(jax.typeof(array), "manual_axis_type", None), "varying", ()))
 
 
 def vary(array: Any, axes: Iterable[str]) -> Any:
-    """Returns an array as one that differs over manual mesh axes, those it does already or not."""
+    """Returns an array that varies over manual mesh axes, besides those that it varies over now."""
     lacking = frozenset(axes) - varying(array)
     return lax.pcast(array, tuple(sorted(lacking)), to="varying") if lacking else array

@@ -6,15 +6,16 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 import jax
 
 from flax_tied_lora._adapters.adapted import Adapted, is_adapted
-from flax_tied_lora._adapters.merge import plain
+from flax_tied_lora._adapters.plain import plain
 from flax_tied_lora._adapters.terms import quantized_weights, weights_of
 from flax_tied_lora._algebra.quantized import Quantized
-from flax_tied_lora._algebra.weight import Dense, Weight
+from flax_tied_lora._algebra.term import Dense
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.context import Context, OnDense
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import warn_of_dense
@@ -30,6 +31,17 @@ class UnreadTargetWarning(UserWarning):
     __module__ = "flax_tied_lora"
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+# What the first argument is of no longer says what may stand there; all else stays as it is.
+@overload
+def adapt(
+    fn: Callable[Concatenate[Any, _P], _R], *, on_dense: OnDense = "warn"
+) -> Callable[Concatenate[Any, _P], _R]: ...
+@overload
+def adapt(fn: Callable[_P, _R], *, on_dense: OnDense = "warn") -> Callable[_P, _R]: ...
 def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[..., Any]:
     """Returns a function like ``fn`` that takes an `Adapted` wherever ``fn`` took params.
 
@@ -37,16 +49,17 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
     weights ever being made: ``fn`` is traced with plain params, and its program is evaluated with
     each adapted weight as its parts. Only the adapted weights are traced. All other arguments reach
     ``fn`` as they are, and results that are no arrays come back as they are. Inside `jax.jit`
-    this costs tracing only.
+    this costs tracing only. For a type checker the result has the signature of ``fn``, in which the
+    first argument may be anything.
 
     Args:
       fn: any function of params: a model's ``apply``, a loss, a training step.
-      on_dense: what to do where a weight meets an operation without a low-rank rule and is added up
-        into one array: ``"warn"`` once for each such place, ``"error"``, or ``"allow"``.
+      on_dense: what to do where a weight meets an operation without a low-rank rule, so that its
+        sum is materialised: ``"warn"`` once for each such place, ``"error"``, or ``"allow"``.
 
     Raises:
       ValueError: the call has no `Adapted` among its arguments; or (`DensifyError`) a weight had to
-        be added up and ``on_dense="error"``.
+        be materialised and ``on_dense="error"``.
 
     Example::
 
@@ -60,7 +73,7 @@ def adapt(fn: Callable[..., Any], *, on_dense: OnDense = "warn") -> Callable[...
 
     @functools.wraps(fn, updated=())
     def adapted_fn(*args: Any, **kwargs: Any) -> Any:
-        result, reads, adapteds = call(fn, on_dense, args, kwargs)
+        result, reads, adapteds = call(fn, Context(on_dense), args, kwargs)
         if on_dense == "warn":
             warn_of_dense(numbered(reads))
         warn_of_unread(reads, adapteds)
@@ -78,16 +91,16 @@ def is_opaque(x: Any) -> bool:
 
 
 def call(
-    fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
+    fn: Callable[..., Any], context: Context, args: Sequence[Any], kwargs: Any
 ) -> tuple[Any, list[Read], list[Adapted]]:
     """Returns what ``fn`` returns on adapted arguments, the call sites met, and the arguments."""
-    run = evaluated(fn, on_dense, args, kwargs)
+    run = evaluated(fn, context, args, kwargs)
     return run.returned(run.result), run.context.reads, run.adapteds
 
 
 @dataclasses.dataclass
 class Evaluated:
-    """What a function of adapted arguments came to.
+    """The outcome of a function of adapted arguments.
 
     Attributes:
       result: what it returned, with symbolic weights where it handed them back.
@@ -102,7 +115,7 @@ class Evaluated:
     adapteds: list[Adapted]
 
     def returned(self, tree: Any) -> Any:
-        """Returns a part of the result with the weights in it added up."""
+        """Returns a part of the result with the weights in it materialised."""
         return jax.tree.map(
             lambda x: self.context.returned(x) if isinstance(x, Weight) else x, tree,
             is_leaf=lambda x: isinstance(x, Weight),
@@ -110,9 +123,9 @@ class Evaluated:
 
 
 def evaluated(
-    fn: Callable[..., Any], on_dense: OnDense, args: Sequence[Any], kwargs: Any
+    fn: Callable[..., Any], context: Context, args: Sequence[Any], kwargs: Any
 ) -> Evaluated:
-    """Returns what ``fn`` comes to on adapted arguments, weights that it hands back symbolic."""
+    """Returns the outcome of ``fn``; weights that it hands back are still symbolic."""
     nodes, outer = jax.tree.flatten((tuple(args), dict(kwargs)), is_leaf=is_opaque)
     places = [i for i, x in enumerate(nodes) if is_adapted(x)]
     adapteds = [nodes[i] for i in places]
@@ -123,18 +136,17 @@ def evaluated(
             "pass what wrap returns where the params went. A transformers Flax model needs it as "
             "params=adapted"
         )
-    context = Context(on_dense)
     named = [
         _weights(adapted, mark_of(number, adapteds), context)
         for number, adapted in enumerate(adapteds)
     ]
-    weights = [w for own in named for w in own.values()]
+    weights = [w for of_argument in named for w in of_argument.values()]
     fill = filling(outer, nodes, places)
 
     def arguments(values: Sequence[Any]) -> Any:
         rest = iter(values)
-        arrays = [{path: next(rest) for path in own} for own in named]
-        return fill([plain(a, own) for a, own in zip(adapteds, arrays, strict=True)])
+        arrays = [{path: next(rest) for path in of_argument} for of_argument in named]
+        return fill([plain(a, by_path) for a, by_path in zip(adapteds, arrays, strict=True)])
 
     closed, outputs = Calls(fn, arguments).jaxpr([_aval(w) for w in weights])
     values = evaluate(context, closed.jaxpr, closed.consts, weights)
@@ -166,7 +178,9 @@ def _aval(weight: Weight) -> Any:
     base = next(t for t in weight.terms if isinstance(t, Dense | Quantized))
     if isinstance(base, Quantized):
         return base.aval(weight.shape, weight.dtype)
-    return jax.typeof(base.array)
+    if base.factor.in_order():
+        return jax.typeof(base.factor.array)
+    return jax.eval_shape(lambda term: term.array, base)
 
 
 def mark_of(number: int, adapteds: Sequence[Adapted]) -> str:

@@ -6,10 +6,12 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, Self
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from typing_extensions import ParamSpec, TypeVar
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._interpreter.context import OnDense
@@ -23,9 +25,13 @@ _MAKES = ("init_weights",)  # Not run with params: makes them.
 _REFUSED = ("push_to_hub",)  # Saves the model's own params, and takes no others.
 
 
+_P = ParamSpec("_P", default=...)
+_R = TypeVar("_R", default=Any)
+
+
 @jax.tree_util.register_pytree_node_class
-class AdaptedModel:
-    """A model object whose methods take ``params=``, adapted: called as it is, with all it has.
+class AdaptedModel(Generic[_P, _R]):
+    """A model object whose methods take ``params=``, with an `Adapted` in their place.
 
     For transformers' Flax models, and any object built like them; transformers is not needed.
     Every method that takes ``params`` (the call itself, ``generate``, ``encode``, ``decode``) is
@@ -58,7 +64,12 @@ class AdaptedModel:
     """
 
     def __init__(
-        self, model: Any, adapted: Adapted, *, on_dense: OnDense = "warn", jit: bool = True
+        self,
+        model: Callable[_P, _R],
+        adapted: Adapted,
+        *,
+        on_dense: OnDense = "warn",
+        jit: bool = True,
     ):
         if isinstance(model, AdaptedModel):
             raise TypeError("AdaptedModel: the model is an AdaptedModel; use its .replace(adapted)")
@@ -98,7 +109,7 @@ class AdaptedModel:
         """The model object, with shapes where its own params were."""
         return self._model
 
-    def replace(self, adapted: Adapted) -> AdaptedModel:
+    def replace(self, adapted: Adapted) -> Self:
         """Returns the same model with another `Adapted`; nothing is compiled again for it.
 
         Raises:
@@ -106,11 +117,13 @@ class AdaptedModel:
         """
         return self._with(_checked(adapted, "adapted"))
 
-    def merge(self, *, dtype: Any = None, untie: Mapping[str, str] | None = None) -> Any:
+    def merge(
+        self, *, dtype: DTypeLike | None = None, untie: Mapping[str, str] | None = None
+    ) -> Any:
         """Returns plain params with the deltas added, for the unadapted model; see `merge`."""
         return merge(self._adapted, dtype=dtype, untie=untie)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Calls the model with the adapted params; arguments and results are the model's."""
         return self._run("__call__", self._model, args, kwargs)
 
@@ -143,7 +156,7 @@ class AdaptedModel:
     def __repr__(self) -> str:
         return f"AdaptedModel({type(self._model).__name__}, {self._adapted!r})"
 
-    def __copy__(self) -> AdaptedModel:
+    def __copy__(self) -> Self:
         return self._with(self._adapted)
 
     def __reduce__(self) -> Any:
@@ -155,7 +168,7 @@ class AdaptedModel:
         return (self._adapted,), (self._model, self._on_dense, self._jit, _Same(self._compiled))
 
     @classmethod
-    def tree_unflatten(cls, rest: Any, children: Sequence[Any]) -> AdaptedModel:
+    def tree_unflatten(cls, rest: Any, children: Sequence[Any]) -> Self:
         """Returns what `tree_flatten` took apart."""
         model = object.__new__(cls)
         values = (rest[0], *children, *rest[1:3], rest[3].value)
@@ -163,7 +176,7 @@ class AdaptedModel:
             object.__setattr__(model, name, value)
         return model
 
-    def _with(self, adapted: Adapted) -> AdaptedModel:
+    def _with(self, adapted: Adapted) -> Self:
         _, rest = self.tree_flatten()
         return self.tree_unflatten(rest, (adapted,))
 
@@ -208,7 +221,7 @@ class AdaptedModel:
     def _program(
         self, key: Any, method: Callable[..., Any], fill: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """Returns a function of a call's arrays, compiled where it can be known again."""
+        """Returns a function of a call's arrays: compiled once for a key, if the key has a hash."""
         served = adapt(method, on_dense=self._on_dense)
 
         def run(values: Sequence[Any]) -> Any:
@@ -280,11 +293,11 @@ def _without_params(model: Any) -> Any:
     """Returns a shallow copy of a model, with shapes in the place of its own params."""
     bare = copy.copy(model)
     try:
-        own = model.params
+        params = model.params
     except (AttributeError, ValueError):  # It has none, or says that it has none.
         return bare
     try:
-        bare.params = jax.eval_shape(lambda: own)
+        bare.params = jax.eval_shape(lambda: params)
     except AttributeError as error:
         raise TypeError(
             f"AdaptedModel: {type(model).__name__}.params cannot be set, so its own params could "

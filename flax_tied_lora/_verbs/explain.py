@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.sites import DENSE, DEQUANTISED, Read, numbered, with_batch
 from flax_tied_lora._planning.plan import GroupPlan
 from flax_tied_lora._tree.table import folded, table
@@ -35,8 +36,8 @@ class Explanation:
     def of(self, key: str) -> tuple[Read, ...]:
         """Returns the call sites of a group, by its key."""
         # Of several adapted arguments, each has its mark behind the key.
-        own = [g for g in self.groups if f"{g.key} (".startswith(f"{key} (")]
-        paths = {m.path for g in own for m in g.members} or {key}
+        groups = [g for g in self.groups if f"{g.key} (".startswith(f"{key} (")]
+        paths = {m.path for g in groups for m in g.members} or {key}
         return tuple(r for r in self.reads if r.site.leaf in paths)
 
     def to_dicts(self) -> list[dict[str, Any]]:
@@ -113,7 +114,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
       print(tied_lora.explain(model.apply, {"params": adapted}, tokens))
       tied_lora.explain(model.apply, {"params": adapted}, tokens).assert_tied()
     """
-    return explained(lambda a, k: call(fn, "allow", a, k)[1:], args, kwargs)
+    return explained(lambda a, k: call(fn, Context("allow", counts=True), a, k)[1:], args, kwargs)
 
 
 def explained(meet: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Explanation:

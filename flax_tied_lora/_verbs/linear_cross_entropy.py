@@ -8,28 +8,31 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._algebra.factor import accumulator
 from flax_tied_lora._algebra.quantized import frozen
 from flax_tied_lora._algebra.weight import Origin, Weight
 from flax_tied_lora._losses.checks import WHO, check_arrays, check_beside, check_options
-from flax_tied_lora._losses.chunked import Loss, per_token
+from flax_tied_lora._losses.chunked import per_token
+from flax_tied_lora._losses.loss import Loss
 from flax_tied_lora._losses.primitive import bind
 from flax_tied_lora._losses.splitting import FEW_CHUNKS, chunk_of, lanes_of
-from flax_tied_lora._tree.quantized_array import is_quantized
+from flax_tied_lora._tree.quantized_array import QuantizedArray
 
 Reduction = Literal["mean", "sum", "none"]
 
 
 def linear_cross_entropy(
-    hidden: Any, table: Any, labels: Any, *,
-    weights: Any = None, bias: Any = None, vocab_axis: int = 0, reduction: Reduction = "mean",
+    hidden: ArrayLike, table: ArrayLike | QuantizedArray, labels: ArrayLike, *,
+    weights: ArrayLike | None = None, bias: ArrayLike | None = None,
+    vocab_axis: int = 0, reduction: Reduction = "mean",
     ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
     logit_soft_cap: float | None = None, logit_scale: float = 1.0, axis_name: str | None = None,
-    chunk_size: int | None = None, precision: Any = None,
+    chunk_size: int | None = None, precision: lax.PrecisionLike = None,
 ) -> Array:  # fmt: skip
-    """Returns the softmax cross-entropy of ``hidden @ table.T``, of which a chunk is ever there.
+    """Returns the softmax cross-entropy of ``hidden @ table.T``, a chunk of logits at a time.
 
     The logits are ``soft_cap(logit_scale * (hidden @ table.T + bias))``. Products accumulate in
     float32, and all that follows them is float32. Differentiated in reverse mode, the gradients of
@@ -84,7 +87,7 @@ def linear_cross_entropy(
         axis_name=axis_name, chunk_size=chunk_size,
     )  # fmt: skip
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
-    table = table if is_quantized(table) else jnp.asarray(table)
+    table = table if isinstance(table, QuantizedArray) else jnp.asarray(table)
     check_arrays(hidden, table, labels, vocab_axis)
     wide, shape = accumulator(hidden.dtype), labels.shape
     weights = jnp.ones(shape, wide) if weights is None else jnp.asarray(weights)
@@ -98,7 +101,9 @@ def linear_cross_entropy(
         bias = jnp.asarray(bias)
         check_beside("bias", bias, (table.shape[vocab_axis],))
         operands.append(bias)
-    leaves, structure = jax.tree.flatten(_weight(table) if is_quantized(table) else table)
+    leaves, structure = jax.tree.flatten(
+        _weight(table) if isinstance(table, QuantizedArray) else table
+    )
     tokens, lanes = math.prod(shape), lanes_of(hidden)
     chunk = -(-chunk_size // lanes) if chunk_size else chunk_of(tokens, lanes)
     loss = Loss(
@@ -133,7 +138,7 @@ def _weight(table: Any) -> Weight:
 
 
 def _refuse_adapted(**arguments: Any) -> None:
-    """Refuses an `Adapted`: what takes the place of its leaves is there inside `adapt` only.
+    """Refuses an `Adapted`, whose leaves are weights only inside of `adapt`.
 
     Raises:
       TypeError: an argument is one.

@@ -1,4 +1,4 @@
-"""Plain params from an `Adapted`: merged, or as they were."""
+"""`merge` and `base`: plain params from an `Adapted`, with its deltas or without."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.merge import check_adapted, plain, untied_leaves
-from flax_tied_lora._adapters.terms import shapes_of, weights_of
+from flax_tied_lora._adapters.adapted import Adapted, Params, check_adapted, check_slots
+from flax_tied_lora._adapters.plain import plain
+from flax_tied_lora._adapters.terms import weights_of
+from flax_tied_lora._adapters.untie import untied_leaves, untied_names
 from flax_tied_lora._tree.paths import flatten
 
 
-def base(adapted: Adapted) -> Any:
+def base(adapted: Adapted[Params]) -> Params:
     """Returns the unadapted params, for example for a reference model.
 
     Nothing is copied but the transposed members of tie groups, which outside `jax.jit` are
@@ -34,7 +36,12 @@ def base(adapted: Adapted) -> Any:
     return plain(adapted, {})
 
 
-def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | None = None) -> Any:
+def merge(
+    adapted: Adapted[Params],
+    *,
+    dtype: DTypeLike | None = None,
+    untie: Mapping[str, str] | None = None,
+) -> Params:
     """Returns plain params with each delta added to its weight once, and the ties intact.
 
     Members that are stored as the canonical leaf are the same array again.
@@ -43,8 +50,8 @@ def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | Non
       adapted: what to merge; of stacked adapters one that is selected. It stays as it is.
       dtype: of the merged leaves; by default each keeps its own. In bfloat16 a small delta is
         partly lost in rounding: a merge to float32 keeps it.
-      untie: for a leaf with separate adapters, which one array cannot hold: name of the part ->
-        path of the leaf that the part gets for its own, for example
+      untie: for a leaf with separate adapters, which one array cannot hold: name of an adapter ->
+        path of the leaf that it is merged into, for example
         ``{"lm_head": "lm_head/kernel"}``. A new leaf called ``kernel`` is the transpose of a table;
         it has no box. The model's config must then say untied, too
         (``tie_word_embeddings=False``).
@@ -58,33 +65,35 @@ def merge(adapted: Adapted, *, dtype: Any = None, untie: Mapping[str, str] | Non
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"merge: dtype={dtype!r}; expected a floating-point dtype")
     if untie is not None and not isinstance(untie, Mapping):
-        raise TypeError(f"merge: untie={untie!r}; expected a dict, name of the part -> leaf path")
+        raise TypeError(f"merge: untie={untie!r}; expected a dict, name of an adapter -> leaf path")
     one = adapted.slot is not None and jnp.ndim(adapted.slot) == 0
-    for key, name, found, expected in shapes_of(adapted):
-        if len(found) != len(expected) + one:
-            raise ValueError(
-                f"merge: {name} of {key!r} is {list(found)}, expected {list(expected)}: stacked "
-                "adapters are merged one by one, merge(tied_lora.select(stacked, 0))"
-            )
+    check_slots(
+        "merge",
+        adapted,
+        "stacked adapters are merged one by one, merge(tied_lora.select(stacked, 0))",
+        stacked=one,
+    )
     leaves, _ = flatten(adapted.params)
     weights = weights_of(adapted.eval(), leaves, dtype)
-    merged, new, left = {}, {}, dict(untie or {})
+    merged, new, unused = {}, {}, dict(untie or {})
     for group in adapted.plan.adapted:
         kind = jnp.dtype(dtype or weights[group.key].dtype)
         if not group.separate:
             merged[group.key] = weights[group.key].replace(dtype=kind).dense()
             continue
-        own = {m.path for m in group.members}
-        for path, array in untied_leaves(group, weights, left, kind).items():
-            if path in new or (path in leaves and path not in own):
+        members = {m.path for m in group.members}
+        for path, array in untied_leaves(group, weights, unused, kind).items():
+            if path in new or (path in leaves and path not in members):
                 raise ValueError(
                     f"merge: untie puts a new leaf at {path!r}, where another leaf is in the way; "
                     "name another path"
                 )
-            (merged if path in own else new)[path] = array
-    if left:
+            (merged if path in members else new)[path] = array
+        for name in untied_names(group, unused):
+            del unused[name]
+    if unused:
         raise ValueError(
-            f"merge: untie names {', '.join(map(repr, left))}, for which there is no separate "
+            f"merge: untie names {', '.join(map(repr, unused))}, for which there is no separate "
             "adapter; leave it out"
         )
     return _with_leaves(plain(adapted, merged), new)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,11 @@ from flax_tied_lora._interpreter.tracing import filling
 from flax_tied_lora._tree.paths import describe, path_name
 from flax_tied_lora._verbs.adapt import is_opaque
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-def per_example(fn: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> Callable[..., Any]:
+
+def per_example(fn: Callable[_P, _R], in_axes: Any = 0, out_axes: Any = 0) -> Callable[_P, _R]:
     """Returns ``fn`` mapped over a batch whose examples have selected adapters each.
 
     The result takes the arguments of ``fn``, with what `select` returned for [examples] slots where
@@ -44,6 +47,7 @@ def per_example(fn: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> 
       run = jax.jit(tied_lora.per_example(tied_lora.adapt(model.apply)))
       logits = run({"params": tied_lora.select(stacked, [0, 2, 1])}, tokens)  # tokens [3, length]
     """
+    whole: Callable[..., Any] = fn
 
     @functools.wraps(fn, updated=())
     def mapped_fn(*args: Any, **kwargs: Any) -> Any:
@@ -64,17 +68,17 @@ def per_example(fn: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> 
         results = _Results(out_axes)
 
         def one(number: Any, mapped: Sequence[Any]) -> Any:
-            own = [
+            parts = [
                 _of_example(values[i], axes[i], x, number)
                 for i, x in zip(places, mapped, strict=True)
             ]
-            args, kwargs = fill(own)
-            return results.of_example(fn(*args, **kwargs), number)
+            args, kwargs = fill(parts)
+            return results.of_example(whole(*args, **kwargs), number)
 
         mapped = [values[i].slot if _is_selected(values[i]) else values[i] for i in places]
         mapped_axes = [0 if axes[i] is None else axes[i] for i in places]
-        found = jax.vmap(one, in_axes=(0, mapped_axes))(jnp.arange(count), mapped)
-        return results.of_batch(found)
+        mapped_results = jax.vmap(one, in_axes=(0, mapped_axes))(jnp.arange(count), mapped)
+        return results.of_batch(mapped_results)
 
     return mapped_fn
 
@@ -115,9 +119,9 @@ def _arguments(
     taken = [
         jax.tree_util.tree_map_with_path(
             lambda p, axis, part, i=i: take((jax.tree_util.SequenceKey(i), *p), axis, part),
-            own, arg, is_leaf=is_entry,
+            axes_of_arg, arg, is_leaf=is_entry,
         )
-        for i, (own, arg) in enumerate(zip(in_axes, args, strict=True))
+        for i, (axes_of_arg, arg) in enumerate(zip(in_axes, args, strict=True))
     ]  # fmt: skip
     # In the order in which a dict is flattened.
     named = {k: take((jax.tree_util.DictKey(k),), 0, x) for k, x in sorted(kwargs.items())}
@@ -148,14 +152,14 @@ def _check_sizes(nodes: Sequence[tuple[str, Any]], axes: Sequence[int | None], c
             )
 
 
-def _of_example(whole: Any, axis: int | None, own: Any, number: Any) -> Any:
+def _of_example(whole: Any, axis: int | None, mapped: Any, number: Any) -> Any:
     """Returns one example's part of an argument, in a batch of one."""
     if isinstance(whole, Adapted):
         rng = None if whole.rng is None else jax.random.fold_in(whole.rng, number)
-        return dataclasses.replace(whole, slot=own, rng=rng)
-    if axis is None or jnp.issubdtype(own.dtype, jax.dtypes.prng_key):
-        return own
-    return lax.expand_dims(own, [axis])
+        return dataclasses.replace(whole, slot=mapped, rng=rng)
+    if axis is None or jnp.issubdtype(mapped.dtype, jax.dtypes.prng_key):
+        return mapped
+    return lax.expand_dims(mapped, [axis])
 
 
 @dataclasses.dataclass
@@ -175,7 +179,7 @@ class _Results:
             lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part))),
             self.axes, results, is_leaf=lambda x: x is None,
         )  # fmt: skip
-        self.leaves[:], self.places[:], own = [], [], []
+        self.leaves[:], self.places[:], mapped = [], [], []
         for i, ((path, x), axis) in enumerate(zip(pairs, axes, strict=True)):
             shared, outside = _shared_among(x, number) if isinstance(x, jax.Array) else (True, x)
             self.leaves.append(outside if shared else None)
@@ -196,8 +200,8 @@ class _Results:
             elif shared:
                 continue
             self.places.append((i, axis if axis is not None else 0))
-            own.append(x)
-        return own
+            mapped.append(x)
+        return mapped
 
     def of_batch(self, mapped: Sequence[Any]) -> Any:
         """Returns all results, the mapped ones with their batch where it belongs."""
@@ -207,13 +211,13 @@ class _Results:
 
 
 def _shared_among(x: jax.Array, number: jax.Array) -> tuple[bool, jax.Array]:
-    """Returns whether an array inside `jax.vmap` is the same for all, and then it as it is outside.
+    """Returns whether all examples of a `jax.vmap` share an array, and if so the array unmapped.
 
     Args:
       x: the array.
       number: of the example, which differs.
     """
-    found: list[tuple[bool, jax.Array]] = []
+    looks: list[tuple[bool, jax.Array]] = []
 
     @jax.custom_batching.custom_vmap
     def look(x: Any, number: Any) -> Any:
@@ -222,8 +226,8 @@ def _shared_among(x: jax.Array, number: jax.Array) -> tuple[bool, jax.Array]:
     @look.def_vmap
     def _(size: int, batched: Sequence[bool], x: Any, number: Any) -> Any:
         # The first to call is this `vmap`; one around it may follow.
-        found.append((not batched[0], x))
+        looks.append((not batched[0], x))
         return x, batched[0]
 
     look(x, number)
-    return found[0]
+    return looks[0]

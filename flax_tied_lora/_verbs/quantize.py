@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +25,20 @@ from flax_tied_lora._tree.quantized_array import (
 
 # Shorter blocks have more scales than they save.
 SHORTEST = 16
+_Tree = TypeVar("_Tree")
+QType = Literal["int8", "int4", "nf4"]
 # What modules call arrays that are added or scaled with, some of which have two axes.
 _ADDED = ("bias", "b", "scale")
 
 
 def quantize(
-    params: Any,
-    qtype: str = "int8",
+    params: _Tree,
+    qtype: QType = "int8",
     *,
     block_size: int = 64,
     exclude_modules: str | Collection[str] | None = None,
     sites: CallSites | None = None,
-) -> Any:
+) -> _Tree:
     """Returns params whose matrices are stored as small integers and scales (QLoRA).
 
     Works on plain params, before `wrap`, and on an `Adapted`, whose adapters stay as they are. A
@@ -87,7 +89,7 @@ def quantize(
     leaves, treedef = flatten(params)
     excluded = _excluded(leaves, exclude_modules)
     made: dict[int, Any] = {}  # by the array, so that what is shared stays shared
-    found = {}
+    quantized = {}
     for path, leaf in leaves.items():
         if is_quantized(leaf):
             raise ValueError(
@@ -100,13 +102,13 @@ def quantize(
         if axis_and_block is not None:
             if id(leaf) not in made:
                 made[id(leaf)] = QuantizedArray.of(leaf, qtype, *axis_and_block)
-            found[path] = made[id(leaf)]
-    if not found:
+            quantized[path] = made[id(leaf)]
+    if not quantized:
         raise ValueError(
             "quantize: no leaf to quantise: none has two axes, one of them a multiple of 16, and "
             "is not excluded"
         )
-    return jax.tree.unflatten(treedef, [found.get(p, x) for p, x in leaves.items()])
+    return jax.tree.unflatten(treedef, [quantized.get(p, x) for p, x in leaves.items()])
 
 
 def _excluded(leaves: Mapping[str, Any], names: Any) -> set[str]:
@@ -145,7 +147,7 @@ def _blocks(path: str, shape: Sequence[int], block_size: int) -> tuple[int, int]
     return max(options, key=lambda option: option[1])
 
 
-def dequantize(params: Any) -> Any:
+def dequantize(params: _Tree) -> _Tree:
     """Returns params, or an `Adapted`, with floating-point arrays in place of quantised ones.
 
     What is shared stays shared.

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._algebra.weight import Dense, Origin, Weight
+from flax_tied_lora._algebra.term import Dense
+from flax_tied_lora._algebra.weight import Origin, Weight
 from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.sites import CallSites, numbered, with_batch
@@ -72,7 +73,7 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
 
 def _whole(name: str, array: Any) -> Weight:
     axes = tuple((i,) for i in range(array.ndim))
-    return Weight((Dense(array),), None, tuple(array.shape), array.dtype, (Origin(name, axes),))
+    return Weight((Dense.of(array),), None, tuple(array.shape), array.dtype, (Origin(name, axes),))
 
 
 def _abstract(leaf: Any) -> bool:

@@ -10,15 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_tied_lora._adapters.adapted import Adapted, is_adapted
+from flax_tied_lora._adapters.adapted import Adapted, Params, is_adapted
 from flax_tied_lora._adapters.init_from_weight import start_from_weights
 from flax_tied_lora._adapters.make import DTYPE, make_adapters
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSites
-from flax_tied_lora._planning.build import Named, plan_of
+from flax_tied_lora._planning.build import Named, make_plan
 from flax_tied_lora._planning.plan import LORA, Plan
 from flax_tied_lora._planning.tying import says_untied
-from flax_tied_lora._ties.find import TieGroup, all_groups, ties_among
+from flax_tied_lora._ties.find import Ties, all_groups, ties_among
+from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._tree.boxes import boxes_of
 from flax_tied_lora._tree.keys import typed_key
 from flax_tied_lora._tree.paths import TiedLeaf, describe, flatten, refuse_markers
@@ -26,13 +27,13 @@ from flax_tied_lora._tree.quantized_array import array_of
 
 
 def wrap(
-    params: Any,
+    params: Params,
     config: LoraConfig,
     *,
     sites: CallSites | None = None,
-    ties: Any = "auto",
+    ties: Ties = "auto",
     rng: jax.Array | None = None,
-) -> Adapted:
+) -> Adapted[Params]:
     """Returns params with LoRA factors for every tie group that the config targets.
 
     Follows ``peft.get_peft_model``; the params are left as they are, and nothing is added to them:
@@ -83,16 +84,16 @@ def _collector_paused() -> Iterator[None]:
 
 @_collector_paused()
 def wrap_as(
-    config: LoraConfig, params: Any, named: Named | None, *, sites: CallSites | None,
-    ties: Any, rng: jax.Array | None = None,
-) -> Adapted:  # fmt: skip
-    """Returns what `wrap` does; what is adapted may be known, in place of what the config names."""
+    config: LoraConfig, params: Params, named: Named | None, *, sites: CallSites | None,
+    ties: Ties, rng: jax.Array | None = None,
+) -> Adapted[Params]:  # fmt: skip
+    """Returns what `wrap` returns; ``named`` says what is adapted in the config's place."""
     leaves, treedef = _checked(params, config, sites)
     rng = jax.random.key(0) if rng is None else typed_key("wrap", rng)
     groups = all_groups(leaves, ties_among(leaves, ties, sites=sites))
     for group in groups:
-        _no_hidden_conflict(group, leaves)
-    plan = plan_of(config, leaves, groups, sites, says_untied(ties), named)
+        _check_dtypes(group, leaves)
+    plan = make_plan(config, leaves, groups, sites, says_untied(ties), named)
     scalings = {a.key: config.scaling_for(a.module) for _, a in plan.adapters(LORA)}
     adapters = make_adapters(plan, leaves, boxes_of(params), rng)
     abstract = any(isinstance(array_of(leaves[g.key]), jax.ShapeDtypeStruct) for g in plan.adapted)
@@ -121,7 +122,7 @@ def _checked(params: Any, config: Any, sites: Any) -> tuple[dict[str, Any], Any]
     return leaves, treedef
 
 
-def _no_hidden_conflict(group: TieGroup, leaves: Mapping[str, Any]) -> None:
+def _check_dtypes(group: TieGroup, leaves: Mapping[str, Any]) -> None:
     first = leaves[group.key]
     for member in group.members[1:]:
         leaf = leaves[member.path]

@@ -1,4 +1,4 @@
-"""The adapters of a table that has grown: what was true of old tokens stays true."""
+"""The adapters of a table that has grown: old tokens keep their deltas, new ones have none."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._adapters.terms import shapes_of, weights_of
-from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan, Plan
-from flax_tied_lora._tree.boxes import in_place, unboxed
+from flax_tied_lora._adapters.adapted import Adapted, check_slots
+from flax_tied_lora._adapters.terms import weights_of
+from flax_tied_lora._planning.plan import (
+    LORA,
+    MAGNITUDE,
+    TRAINABLE_TOKENS,
+    AdapterPlan,
+    GroupPlan,
+    Plan,
+)
+from flax_tied_lora._tree.boxes import boxed_as, in_place, unboxed
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._vocabulary.leaves import WHAT
 from flax_tied_lora._vocabulary.rows import extended
 
-_MAGNITUDE = "lora_magnitude"
-
 
 def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, int]) -> Adapted:
-    """Returns an `Adapted` of grown params with its adapters grown likewise.
+    """Returns an `Adapted` with grown params, and with adapters that fit them.
 
     Args:
       adapted: as it was.
@@ -33,18 +38,13 @@ def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, 
       ValueError: the adapters are stacked; a leaf's vocabulary is neither its rows nor its columns,
         or cut into parts.
     """
-    for key, name, found, expected in shapes_of(adapted):
-        if len(found) != len(expected):
-            raise ValueError(
-                f"{WHAT}: {name} of {key!r} is {list(found)}, expected {list(expected)}: stacked "
-                "adapters are grown one by one"
-            )
+    check_slots(WHAT, adapted, "stacked adapters are grown one by one")
     leaves, _ = flatten(params)
     groups = tuple(
         dataclasses.replace(g, shape=tuple(leaves[g.key].shape)) for g in adapted.plan.groups
     )
     plan = Plan.of(groups, adapted.plan.config)
-    adapters = {kind: dict(own) for kind, own in adapted.adapters.items()}
+    adapters = {kind: dict(by_key) for kind, by_key in adapted.adapters.items()}
     for group, adapter in plan.adapters():
         if group.key not in axes or adapter.kind == TRAINABLE_TOKENS:
             continue
@@ -71,26 +71,28 @@ def grown_adapters(adapted: Adapted, params: Any, keep: int, axes: Mapping[str, 
         if group.key in axes and adapter.dora:
             pair = adapters[LORA][adapter.key]
             magnitude = _magnitude(adapted, result, group, adapter, axes[group.key], keep)
-            adapters[LORA][adapter.key] = {**pair, _MAGNITUDE: magnitude}
+            adapters[LORA][adapter.key] = {**pair, MAGNITUDE: magnitude}
     return result
 
 
 def _longer(
     old: Any, name: str, group: GroupPlan, adapter: AdapterPlan, axis: int, keep: int, leaf: Any
 ) -> Any:
-    """Returns an array of an adapter: zeros for what is new of a factor, a copy for a copy."""
-    own, shape = group.axes(adapter)[name], group.shapes(adapter)[name]
-    if axis not in own:
+    """Returns an adapter's array with new entries: 0 in factors, the leaf's in a full copy."""
+    leaf_axes, shape = group.axes(adapter)[name], group.shapes(adapter)[name]
+    if axis not in leaf_axes:
         return old
-    where = own.index(axis)
+    position = leaf_axes.index(axis)
     array = unboxed(old)
     if isinstance(array, jax.ShapeDtypeStruct):
-        return _boxed(old, jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding))
+        return boxed_as(old, jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding))
     if adapter.kind == LORA:
-        new = jnp.zeros([n - keep if i == where else n for i, n in enumerate(shape)], array.dtype)
+        new = jnp.zeros(
+            [n - keep if i == position else n for i, n in enumerate(shape)], array.dtype
+        )
     else:
         new = jax.lax.slice_in_dim(jnp.asarray(leaf), keep, leaf.shape[axis], axis=axis)
-    return in_place(old, extended(array, where, keep, new, path=adapter.key))
+    return in_place(old, extended(array, position, keep, new, path=adapter.key))
 
 
 def _magnitude(
@@ -100,20 +102,20 @@ def _magnitude(
 
     The norm of a table's column counts new rows too; an old token's row must not change by it.
     """
-    old = before.adapters[LORA][adapter.key][_MAGNITUDE]
+    old = before.adapters[LORA][adapter.key][MAGNITUDE]
     if isinstance(unboxed(old), jax.ShapeDtypeStruct):
-        return after.adapters[LORA][adapter.key][_MAGNITUDE]
-    own = group.axes(adapter)[_MAGNITUDE]
-    scale = _scale(before, group.key, own)
-    if axis in own:
-        where = own.index(axis)
-        shape = group.shapes(adapter)[_MAGNITUDE]
-        new = jnp.ones([n - keep if i == where else n for i, n in enumerate(shape)], scale.dtype)
-        scale = extended(scale, where, keep, new, path=adapter.key)
-    ones = {**after.adapters[LORA][adapter.key], _MAGNITUDE: jnp.ones(scale.shape, scale.dtype)}
+        return after.adapters[LORA][adapter.key][MAGNITUDE]
+    leaf_axes = group.axes(adapter)[MAGNITUDE]
+    scale = _scale(before, group.key, leaf_axes)
+    if axis in leaf_axes:
+        position = leaf_axes.index(axis)
+        shape = group.shapes(adapter)[MAGNITUDE]
+        new = jnp.ones([n - keep if i == position else n for i, n in enumerate(shape)], scale.dtype)
+        scale = extended(scale, position, keep, new, path=adapter.key)
+    ones = {**after.adapters[LORA][adapter.key], MAGNITUDE: jnp.ones(scale.shape, scale.dtype)}
     adapters = {**after.adapters, LORA: {**after.adapters[LORA], adapter.key: ones}}
-    inverse = _scale(dataclasses.replace(after, adapters=adapters), group.key, own)
-    grown = after.adapters[LORA][adapter.key][_MAGNITUDE]
+    inverse = _scale(dataclasses.replace(after, adapters=adapters), group.key, leaf_axes)
+    grown = after.adapters[LORA][adapter.key][MAGNITUDE]
     return in_place(grown, (scale / inverse).astype(unboxed(old).dtype))
 
 
@@ -123,7 +125,3 @@ def _scale(adapted: Adapted, key: str, axes: Any) -> jax.Array:
     scale = weights_of(alone, flatten(adapted.params)[0])[key].scale
     assert scale is not None
     return scale.ordered(axes).array
-
-
-def _boxed(old: Any, array: Any) -> Any:
-    return old.replace_boxed(array) if hasattr(old, "replace_boxed") else array

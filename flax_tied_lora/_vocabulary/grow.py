@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._interpreter.sites import CallSites
-from flax_tied_lora._ties.find import Member, TieGroup, all_groups, ties_among
+from flax_tied_lora._ties.find import all_groups, ties_among
+from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._tree.boxes import in_place, nnx_type
 from flax_tied_lora._tree.keys import key_number, typed_key, uncommitted
 from flax_tied_lora._tree.paths import describe, flatten, is_marker, refuse_markers
@@ -128,33 +129,33 @@ def grow_vocabulary(
             "module of the new size, by nnx.update or tied_lora.nnx.from_adapted"
         )
     adapted = params if isinstance(params, Adapted) else None
-    own, treedef = flatten(params if adapted is None else adapted.params)
+    old, treedef = flatten(params if adapted is None else adapted.params)
     if adapted is None:
-        refuse_markers(WHAT, own, "pass the Adapted")
-        tied = ties_among(own, ties, sites=sites)
+        refuse_markers(WHAT, old, "pass the Adapted")
+        tied = ties_among(old, ties, sites=sites)
     elif isinstance(ties, str) and ties == "auto":
         tied = [g.tie() for g in adapted.plan.groups]
     else:
         raise TypeError(f"{WHAT}: ties={ties!r} with an Adapted, whose plan has them; leave it out")
-    groups = all_groups(own, tied)
-    table, axes = vocabulary_axes(own, groups, sites, dict(leaves or {}))
+    groups = all_groups(old, tied)
+    table, axes = vocabulary_axes(old, groups, sites, dict(leaves or {}))
     embedding = next(g for g in groups if table in g.paths)
     axes = {p: axes[p] for p in [*embedding.paths, *axes]}
-    old_size = own[embedding.key].shape[axes[embedding.key]]
+    old_size = old[embedding.key].shape[axes[embedding.key]]
     vocabulary = _vocabulary(n_tokens, old_tokens, old_size, pad_to_multiple_of, axes)
-    _refuse_quantized(own, axes)
-    inits = _inits(init, own, axes, embedding)
+    _refuse_quantized(old, axes)
+    inits = _inits(init, old, axes, embedding)
 
-    new = dict(own)
+    new = dict(old)
     for group in (g for g in groups if g.key in axes):
         key = jax.random.fold_in(rng, key_number(group.key))
         first = grown(
-            own[group.key], axes[group.key], vocabulary.old_tokens, vocabulary.size,
+            old[group.key], axes[group.key], vocabulary.old_tokens, vocabulary.size,
             inits[group.key], key, path=group.key,
         )  # fmt: skip
         for member in group.members:
-            if not is_marker(own[member.path]):
-                new[member.path] = _as_member(first, member, own[member.path])
+            if not is_marker(old[member.path]):
+                new[member.path] = _as_member(first, member, old[member.path])
     params = jax.tree.unflatten(treedef, list(new.values()))
     if adapted is not None:
         params = grown_adapters(adapted, params, vocabulary.old_tokens, axes)
@@ -214,22 +215,22 @@ def _inits(
                 f"{WHAT}: init has {odd[0]!r}, which is no leaf that grows; these are "
                 f"{', '.join(map(repr, axes))}"
             )
-        found = {p: init.get(p, "mean") for p in axes}
+        inits = {p: init.get(p, "mean") for p in axes}
     elif callable(init):
         zeros = jax.nn.initializers.zeros
-        found = {p: zeros if _is_vector(leaves[p]) else init for p in axes}
+        inits = {p: zeros if _is_vector(leaves[p]) else init for p in axes}
     elif isinstance(init, str):
-        found = dict.fromkeys(axes, init)
+        inits = dict.fromkeys(axes, init)
     else:
-        found = {p: init if p == table.key else "mean" for p in axes}
-    for path, how in found.items():
+        inits = {p: init if p == table.key else "mean" for p in axes}
+    for path, how in inits.items():
         known = callable(how) or hasattr(how, "shape") or how == "mean"
         if not known:
             raise ValueError(
                 f"{WHAT}: init={how!r} for {path!r}; expected 'mean', a function (key, shape, "
                 "dtype), or an array with a row for each new token"
             )
-    return found
+    return inits
 
 
 def _is_vector(leaf: Any) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._planning.tokens import input_embeddings
-from flax_tied_lora._ties.sources import EMBEDDINGS, HEADS, TieGroup, is_table
+from flax_tied_lora._ties.groups import TieGroup
+from flax_tied_lora._ties.sources import EMBEDDINGS, HEADS, is_table
 from flax_tied_lora._tree.paths import (
     describe,
     is_marker,
@@ -49,18 +50,19 @@ def vocabulary_axes(
     axes = {p: a for p, a in named.items() if a is not None}
     for path, leaf in leaves.items():
         if path not in named and not is_marker(leaf):
-            own = 0 if path == table else _axis(path, tuple(leaf.shape), leaves[table], axis)
-            if own is not None:
-                axes[path] = own
-    for path, own in list(axes.items()):
-        group, turned = by_path[path]
+            guess = 0 if path == table else _axis(path, tuple(leaf.shape), leaves[table], axis)
+            if guess is not None:
+                axes[path] = guess
+    for path, of_leaf in list(axes.items()):
+        group, transposed = by_path[path]
         for member in group.members:
-            there = own if member.transposed == turned else 1 - own
-            if axes.setdefault(member.path, there) != there or named.get(member.path, 0) is None:
+            of_tied = of_leaf if member.transposed == transposed else 1 - of_leaf
+            contradicted = axes.setdefault(member.path, of_tied) != of_tied
+            if contradicted or named.get(member.path, 0) is None:
                 raise ValueError(
                     f"{WHAT}: {member.path!r} is tied to {path!r}, whose vocabulary is its axis "
-                    f"{own}, so that of {member.path!r} is axis {there}; leaves={dict(named)} says "
-                    "otherwise. Leave one of them out"
+                    f"{of_leaf}, so that of {member.path!r} is axis {of_tied}; "
+                    f"leaves={dict(named)} says otherwise. Leave one of them out"
                 )
     _check_sizes(leaves, axes, table, size)
     _check_none_left(leaves, {*axes, *named}, table, size)
@@ -97,18 +99,19 @@ def _table(
     named: Mapping[str, int | None],
 ) -> str:  # fmt: skip
     """Returns the path of the input embedding: one that is named, or the only one."""
-    own = [p for p, axis in named.items() if axis is not None]
-    tables = [p for p in own if is_table(p)]
-    if own:
-        return (tables or own)[0]
+    grown = [p for p, axis in named.items() if axis is not None]
+    tables = [p for p in grown if is_table(p)]
+    if grown:
+        return (tables or grown)[0]
     groups = [g for g in groups if not any(p in named for p in g.paths)]
-    found = [g.key for g in input_embeddings(leaves, groups, sites)]
-    if len(found) != 1:
+    candidates = [g.key for g in input_embeddings(leaves, groups, sites)]
+    if len(candidates) != 1:
         raise ValueError(
-            f"{WHAT}: the input embedding could be {', '.join(map(repr, found)) or 'no leaf'}; say "
-            'which, and its vocabulary axis: leaves={"path/of/leaf": 0}'
+            f"{WHAT}: the input embedding could be "
+            f"{', '.join(map(repr, candidates)) or 'no leaf'}; say which, and its vocabulary axis: "
+            'leaves={"path/of/leaf": 0}'
         )
-    return found[0]
+    return candidates[0]
 
 
 def _axis(path: str, shape: tuple[int, ...], table: Any, axis: int) -> int | None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_tied_lora._tree.paths import describe, is_tracer
-from flax_tied_lora._tree.sharding import automatic, parts
+from flax_tied_lora._tree.sharding import automatic, shard_count
 
 # How much of the old rows' covariance new rows have, as in transformers' `mean_resizing`.
 _COVARIANCE = 1e-9
@@ -119,7 +119,7 @@ def _sharding(leaf: Any, axis: int, size: int, path: str) -> jax.NamedSharding |
     if not isinstance(sharding, jax.NamedSharding):
         return None
     names = sharding.spec[axis] if axis < len(sharding.spec) else None
-    count = parts(sharding.mesh, names)
+    count = shard_count(sharding.mesh, names)
     if size % count:
         raise ValueError(
             f"grow_vocabulary: {path!r} {describe(leaf)} is split in {count} along axis {axis}, "

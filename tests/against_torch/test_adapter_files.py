@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from flax_tied_lora._peft.adapter.folder import AdapterFileError, read_adapter, write_adapter
-from flax_tied_lora._peft.files.tensors_in import open_safetensors
-from flax_tied_lora._peft.files.tensors_out import write_safetensors
+from flax_tied_lora._peft.files.safetensors_read import open_safetensors
+from flax_tied_lora._peft.files.safetensors_write import write_safetensors
 from tests.against_torch.torch_models import torch_logits, with_peft
 from tests.helpers.damage import CONFIG, WEIGHTS, snapshot
 

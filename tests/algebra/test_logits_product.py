@@ -13,7 +13,8 @@ from jax import lax
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora._algebra import logits_product
-from flax_tied_lora._algebra.factor import RANK
+from flax_tied_lora._algebra.factor import RANK, Factor
+from flax_tied_lora._algebra.product import Product
 from tests.helpers import oracle
 from tests.helpers.compiling import as_shipped
 
@@ -33,21 +34,22 @@ def adapted(key: str = "embed", rank: int = 3, **options: Any) -> tied_lora.Adap
 
 def operands(rank: int = 3, tokens: tuple[int, ...] = (4, 6)) -> Any:
     shapes = [(*tokens, VOCABULARY), (*tokens, rank), (VOCABULARY, rank)]
-    base, hidden, far = (oracle.array(*shape, seed=i) for i, shape in enumerate(shapes))
-    own = tuple(f"x{i}" for i in range(len(tokens)))
-    return logits_product.Form((*own, RANK), (0, RANK), (*own, 0), None), base, hidden, far
+    base, hidden, second = (oracle.array(*shape, seed=i) for i, shape in enumerate(shapes))
+    labels = tuple(f"x{i}" for i in range(len(tokens)))
+    product = Product((*labels, 1), (*labels, 0), base.dtype, None)
+    return product, base, Factor(hidden, (*labels, RANK)), Factor(second, (0, RANK))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("tokens", [(4, 6), (23,), (2, 3, 4), (2,), ()], ids=str)
-@pytest.mark.parametrize("first", [False, True], ids=["far by columns", "far by rank"])
+@pytest.mark.parametrize("first", [False, True], ids=["second by columns", "second by rank"])
 def test_every_form_is_the_product(form, tokens, first):
-    how, base, hidden, far = operands(tokens=tokens)
-    expected = base + hidden @ far.T
+    product, base, hidden, second = operands(tokens=tokens)
+    expected = base + hidden.array @ second.array.T
     if first:
-        how, far = logits_product.Form(how.hidden, (RANK, 0), how.order, None), far.T
-    assert how.flat
-    assert jnp.allclose(form(how, base, hidden, far), expected, atol=1e-5)
+        second = Factor(second.array.T, (RANK, 0))
+    assert logits_product.is_flat(product, hidden, second)
+    assert jnp.allclose(form(product, base, hidden, second), expected, atol=1e-5)
 
 
 def table(params: Any, x: jax.Array) -> jax.Array:
@@ -149,12 +151,12 @@ def test_a_gradient_by_the_far_factor_is_a_fast_product(tokens):
 
 
 def test_a_loop_of_parts_makes_no_second_array():
-    how, base, hidden, far = operands(tokens=(8, 64))
+    product, base, hidden, second = operands(tokens=(8, 64))
 
     def temporary(form: Any) -> int:
-        program = jax.jit(lambda x, w, h, a: form(how, x @ w, h, a))
+        program = jax.jit(lambda x, w, h, b: form(product, x @ w, h, b))
         x, w = jnp.ones((8, 64, WIDTH)), jnp.ones((WIDTH, VOCABULARY))
-        compiled = as_shipped(program.lower(x, w, hidden, far))
+        compiled = as_shipped(program.lower(x, w, hidden, second))
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(logits_product.by_parts) <= 0.3 * base.nbytes
@@ -163,9 +165,9 @@ def test_a_loop_of_parts_makes_no_second_array():
 
 def test_a_part_is_read_where_it_is_written():
     """A product, and one operation that adds it in place: no copy of the part before it."""
-    how, base, hidden, far = operands(tokens=(8, 64))
-    program = jax.jit(functools.partial(logits_product.by_parts, how), donate_argnums=0)
-    text = as_shipped(program.lower(base, hidden, far)).as_text()
+    product, *args = operands(tokens=(8, 64))
+    program = jax.jit(functools.partial(logits_product.by_parts, product), donate_argnums=0)
+    text = as_shipped(program.lower(*args)).as_text()
     (body,) = re.findall(r"body=%([\w.-]+)", text)
     lines = text.partition(f"%{body} (")[2].partition("\n}")[0].splitlines()
     made = [

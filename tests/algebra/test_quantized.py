@@ -1,28 +1,31 @@
-"""Bases that are stored quantised: the oracle is the model with the dequantised params."""
+"""Reads of a weight that is stored quantised: the oracle is the model with dequantised params."""
 
 from __future__ import annotations
 
 import warnings
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
-from jax.sharding import PartitionSpec as P
 
 import flax_tied_lora as tied_lora
-from flax_tied_lora import QuantizedArray, checkpoint
+from flax_tied_lora import QuantizedArray
 from flax_tied_lora._algebra import quantized_product as _quantized_product
-from flax_tied_lora._tree.paths import flatten
-from tests.helpers.compiling import as_shipped
 from tests.helpers.oracle import array, check, labelled, numbers, perturbed
-
-VOCABULARY, WIDTH = 96, 32
-QTYPES = ("int8", "nf4", "int4")
-TOKENS = numbers(2, 6, below=VOCABULARY)
-each_qtype = pytest.mark.parametrize("qtype", QTYPES)
+from tests.helpers.quantized_model import (
+    MATRICES,
+    PARAMS,
+    QTYPES,
+    SITES,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+    Model,
+    apply,
+    each_qtype,
+    wrapped,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,140 +33,6 @@ def small_chunks(monkeypatch):
     """So that small matrices are served a chunk at a time, too, with a rest."""
     monkeypatch.setattr(_quantized_product, "CHUNK", 600)
     monkeypatch.setattr(_quantized_product, "CHUNKS", 7)
-
-
-class Model(nn.Module):
-    """A tied table, a kernel with head axes, one that sums over two axes, two plain ones."""
-
-    dtype: type = jnp.float32
-
-    @nn.compact
-    def __call__(self, tokens):
-        table = nn.Embed(VOCABULARY, WIDTH, dtype=self.dtype, name="embed_tokens")
-        x = table(tokens)
-        x += nn.DenseGeneral(WIDTH, axis=(-2, -1), dtype=self.dtype, name="o_proj")(
-            nn.DenseGeneral((2, 16), dtype=self.dtype, name="q_proj")(x)
-        )
-        up = nn.tanh(nn.Dense(64, dtype=self.dtype, name="up")(x))
-        return table.attend(x + nn.Dense(WIDTH, dtype=self.dtype, name="down")(up))
-
-
-MODEL = Model()
-PARAMS = MODEL.init(jax.random.key(0), TOKENS)["params"]
-SITES = tied_lora.trace(MODEL.apply, {"params": PARAMS}, TOKENS)
-MATRICES = {p for p, x in traverse_util.flatten_dict(PARAMS, sep="/").items()
-            if x.ndim > 1 and not p.endswith("bias")}  # fmt: skip
-
-
-def apply(params, tokens):
-    return MODEL.apply({"params": params}, tokens)
-
-
-def wrapped(params, **fields) -> tied_lora.Adapted:
-    fields = {"r": 3, "target_modules": ["embed_tokens", "q_proj"], **fields}
-    return perturbed(tied_lora.wrap(params, tied_lora.LoraConfig(**fields), sites=SITES), size=0.2)
-
-
-def flat(tree):
-    return flatten(tree)[0]
-
-
-# What is stored
-
-
-@each_qtype
-def test_matrices_are_quantised_and_the_rest_is_not(qtype):
-    stored = flat(tied_lora.quantize(PARAMS, qtype, block_size=32))
-    assert {p for p, x in stored.items() if isinstance(x, QuantizedArray)} == MATRICES
-    for path in MATRICES:
-        own, leaf = stored[path], flat(PARAMS)[path]
-        assert (own.shape, own.dtype, own.qtype) == (leaf.shape, leaf.dtype, qtype)
-        error = np.abs(own.dequantize() - leaf).max() / np.abs(leaf).max()
-        assert error < {"int8": 0.005, "nf4": 0.17, "int4": 0.1}[qtype]
-    for path in stored.keys() - MATRICES:
-        assert stored[path] is flat(PARAMS)[path]
-
-
-@each_qtype
-@pytest.mark.parametrize(
-    ("shape", "axis", "block"),
-    [((6, 8), 1, 4), ((8, 6), 0, 8), ((2, 8, 3), 1, 2), ((4, 2, 6), 2, 6)],
-)
-def test_dequantised_as_by_qwix(qtype, shape, axis, block):
-    import qwix
-
-    leaf = array(*shape)
-    own = QuantizedArray.of(leaf, qtype, axis, block)
-    others = [i for i in range(len(shape)) if i != axis]
-    theirs = qwix.quantize(leaf, qtype, channelwise_axes=others, tiled_axes={axis: block})
-    np.testing.assert_array_equal(own.dequantize(), qwix.dequantize(theirs))
-
-
-def test_bytes_are_those_of_integers_and_scales():
-    leaf = array(256, 64)
-    for qtype, bits in {"int8": 8, "nf4": 4, "int4": 4}.items():
-        own = tied_lora.quantize({"kernel": leaf}, qtype)
-        expected = leaf.size * bits // 8 + leaf.size // 64 * 4
-        assert own["kernel"].nbytes == tied_lora.stored_bytes(own) == expected
-    assert tied_lora.stored_bytes({"a": leaf, "b": leaf}) == leaf.nbytes
-
-
-def test_blocks_lie_along_the_width():
-    def axis_of(path, *shape):
-        tree = traverse_util.unflatten_dict({path: array(*shape)}, sep="/")
-        return flat(tied_lora.quantize(tree, block_size=32))[path].axis
-
-    assert axis_of("embed_tokens/embedding", 96, 64) == 1
-    assert axis_of("dense/kernel", 64, 96) == 0
-    assert axis_of("stacked/kernel", 2, 64, 96) == 1
-    assert axis_of("q_proj/kernel", 64, 2, 32) == 2  # two heads make no block
-    assert axis_of("lm_head/kernel", 64, 101) == 0
-
-
-def test_shown_whatever_it_holds():
-    leaf = QuantizedArray.of(array(32, 32), "nf4", 1, 16)
-    assert repr(leaf) == "QuantizedArray(float32[32, 32] as nf4, blocks of 16)"
-    shapes = jax.tree.map(jnp.shape, {"kernel": leaf})["kernel"]
-    assert repr(shapes) == "QuantizedArray((32, 16), (32, 2), 'nf4', 1)"
-
-
-def test_shared_leaf_is_quantised_once():
-    table = array(64, 32)
-    params = {"embed": {"embedding": table}, "head": {"embedding": table}}
-    stored = tied_lora.quantize(params)
-    assert stored["embed"]["embedding"] is stored["head"]["embedding"]
-    (group,) = tied_lora.find_ties(stored)
-    assert group.found == ("same array",)
-    plain = tied_lora.dequantize(stored)
-    assert plain["embed"]["embedding"] is plain["head"]["embedding"]
-
-
-def test_call_sites_decide_where_they_are_given():
-    params = {"offset": {"kernel": array(32, 32)}, "dense": {"kernel": array(32, 32)}}
-
-    def fn(params, x):
-        return x @ params["dense"]["kernel"] + params["offset"]["kernel"]
-
-    sites = tied_lora.trace(fn, params, array(32, 32))
-    stored = tied_lora.quantize(params, sites=sites)
-    assert isinstance(stored["dense"]["kernel"], QuantizedArray)
-    assert stored["offset"]["kernel"] is params["offset"]["kernel"]
-
-
-def test_excluded_modules_stay_as_they_are():
-    stored = tied_lora.quantize(PARAMS, exclude_modules=["o_proj", "up"])
-    assert flat(stored)["o_proj/kernel"] is flat(PARAMS)["o_proj/kernel"]
-    assert isinstance(flat(stored)["down/kernel"], QuantizedArray)
-
-
-def test_abstract_params_are_quantised_abstractly():
-    shapes = jax.eval_shape(lambda: PARAMS)
-    stored = tied_lora.quantize(shapes, "nf4")
-    expected = jax.eval_shape(lambda: tied_lora.quantize(PARAMS, "nf4"))
-    assert stored["up"]["kernel"].shape == (WIDTH, 64)
-    assert jax.tree.leaves(stored) == jax.tree.leaves(expected)
-    adapted = tied_lora.wrap(stored, tied_lora.LoraConfig(target_modules=["up"]), sites=SITES)
-    assert isinstance(adapted.adapters["lora"]["up/kernel"]["lora_a"], jax.ShapeDtypeStruct)
 
 
 # The oracle
@@ -327,173 +196,3 @@ def test_many_adapters_share_the_quantised_base():
     for one, rows, found in zip(each, tokens, run(stacked, tokens), strict=True):
         expected = apply(tied_lora.merge(one), rows)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-# Where and what it costs
-
-
-@each_qtype
-def test_the_table_is_never_dequantised_whole(qtype):
-    """Neither in the program nor by the compiler, which is told by the memory that it takes."""
-    table = {"embed": {"embedding": array(4096, 64)}}
-    whole = 4096 * 64 * 4
-
-    def loss(params, ids, x):
-        weight = params["embed"]["embedding"]
-        hidden = weight[ids] + x
-        return jnp.sum(jnp.sin(hidden @ weight.T))
-
-    config = tied_lora.LoraConfig(r=2, target_modules=["embed"])
-    adapted = perturbed(tied_lora.wrap(tied_lora.quantize(table, qtype), config))
-    step = jax.jit(tied_lora.value_and_grad(tied_lora.adapt(loss, on_dense="error")))
-    lowered = step.lower(adapted, numbers(2, below=4096), array(2, 64))
-    assert "f32[4096,64]" not in str(jax.make_jaxpr(step)(adapted, numbers(2, below=4096),
-                                                          array(2, 64)))  # fmt: skip
-    assert as_shipped(lowered).memory_analysis().temp_size_in_bytes < whole / 4
-
-
-@pytest.mark.parametrize("qtype", ["int8", "nf4"])
-def test_step_holds_one_dequantised_layer_at_a_time(qtype, monkeypatch):
-    """XLA would dequantise each matrix once, ahead of time, for both passes: all at once."""
-    monkeypatch.undo()
-    layers, width = 8, 128
-    params = {f"layer_{i}": {"kernel": array(width, width, seed=i)} for i in range(layers)}
-
-    def loss(params, x):
-        for i in range(layers):
-            x = jnp.tanh(x @ params[f"layer_{i}"]["kernel"])
-        return x.sum()
-
-    config = tied_lora.LoraConfig(r=2, target_modules=[r"layer_\d"][0])
-    adapted = tied_lora.wrap(params, config)
-
-    def memory(adapted):
-        step = jax.jit(tied_lora.value_and_grad(tied_lora.adapt(loss, on_dense="error")))
-        compiled = as_shipped(step.lower(adapted, array(4, width)))
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    layer = width * width * 4
-    # Of four bits the integers are unpacked on the way: a byte for each of them, and numbers.
-    assert memory(tied_lora.quantize(adapted, qtype)) < memory(adapted) + 2.5 * layer
-
-
-@pytest.mark.parametrize("spec", [P("data", None), P(None, "data")])
-def test_sharded_base(spec):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    adapted = labelled((32, 24), (0,), (1,))
-    leaf = QuantizedArray.of(adapted.params["dense"]["kernel"], "nf4", 0, 8)
-    sharded = jax.device_put(leaf, jax.NamedSharding(mesh, spec))
-    x = array(3, 32)
-
-    def fn(params, x):
-        return x @ params["dense"]["kernel"]
-
-    expected = fn(tied_lora.merge(adapted.replace(params={"dense": {"kernel": leaf}})), x)
-    adapted = adapted.replace(params={"dense": {"kernel": sharded}})
-    run = jax.jit(tied_lora.adapt(fn, on_dense="error"))
-    np.testing.assert_allclose(run(adapted, x), expected, rtol=1e-5, atol=1e-5)
-
-    def local(params, x):
-        total = x @ params["dense"]["kernel"]
-        return jax.lax.psum(total, "data") if spec[0] else total
-
-    specs = ({"dense": {"kernel": spec}}, P(None, spec[0]))
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, spec[1]))
-    found = jax.jit(tied_lora.adapt(mapped, on_dense="error"))(adapted, x)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("spec", [P("data", None), P(None, "data")])
-@pytest.mark.parametrize("qtype", ["int8", "nf4"])
-def test_explicit_mesh_axes(qtype, spec):
-    """As `jax.make_mesh` makes them: quantised, looked up, multiplied and differentiated there."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    table = 0.1 * array(64, 32)
-    config = tied_lora.LoraConfig(r=2, target_modules=["embed"], use_dora=qtype == "nf4")
-
-    def loss(params, ids):
-        weight = params["embed"]["embedding"]
-        hidden = jnp.tanh(weight.at[ids].get(out_sharding=P()))
-        return jnp.sum(jnp.sin(jnp.einsum("bd,vd->bv", hidden, weight, out_sharding=P())))
-
-    ids = numbers(3, below=64)
-    run = jax.jit(tied_lora.value_and_grad(tied_lora.adapt(loss, on_dense="error")))
-    with jax.set_mesh(mesh):
-        sharded = jax.device_put(table, jax.NamedSharding(mesh, spec))
-        stored = tied_lora.quantize({"embed": {"embedding": sharded}}, qtype, block_size=16)
-        leaf = stored["embed"]["embedding"]
-        assert leaf.values.sharding.spec == leaf.scales.sharding.spec == spec
-        assert leaf.dequantize().sharding.spec == spec
-        adapted = tied_lora.wrap(stored, config)
-        adapters = jax.tree.map(
-            lambda x, y: jax.device_put(x, y.sharding),
-            perturbed(adapted).adapters, adapted.adapters,
-        )  # fmt: skip
-        adapted = adapted.replace(adapters=adapters)
-        found, wanted = run(adapted, ids), run(tied_lora.dequantize(adapted), ids)
-        # A scale for each row, and too few of them to be cut: replicated.
-        odd = jax.device_put(table, jax.NamedSharding(mesh, P(None, "data")))
-        assert QuantizedArray.of(odd, qtype, 1, 32).scales.sharding.spec == P(None, None)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
-
-
-def test_factors_are_placed_like_the_stored_leaf():
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    leaf = jax.device_put(
-        QuantizedArray.of(array(32, 24), "int8", 0, 8), jax.NamedSharding(mesh, P("data", None))
-    )
-    adapted = tied_lora.wrap(
-        {"dense": {"kernel": leaf}}, tied_lora.LoraConfig(r=2, target_modules=["dense"])
-    )
-    factors = adapted.adapters["lora"]["dense/kernel"]
-    assert factors["lora_a"].sharding.spec == P("data", None)
-    assert factors["lora_b"].sharding.spec == P(None, None)
-
-
-# Plain params from it
-
-
-def test_base_and_merge_are_plain():
-    stored = tied_lora.quantize(PARAMS, block_size=16)
-    adapted = wrapped(stored)
-    jax.tree.map(
-        np.testing.assert_array_equal, tied_lora.base(adapted), tied_lora.dequantize(stored)
-    )
-    merged = tied_lora.merge(adapted)
-    assert jax.tree.structure(merged) == jax.tree.structure(PARAMS)
-    plain = tied_lora.dequantize(adapted)
-    again = tied_lora.merge(plain)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), merged, again)
-
-
-def test_checkpoint_of_adapters_knows_its_quantised_base(tmp_path):
-    stored = tied_lora.quantize(PARAMS, block_size=16)
-    adapted = wrapped(stored)
-    checkpoint.save(tmp_path / "adapters", adapted)
-    restored = checkpoint.restore(tmp_path / "adapters", stored).adapted
-    jax.tree.map(np.testing.assert_array_equal, restored.adapters, adapted.adapters)
-    other = tied_lora.quantize(jax.tree.map(lambda x: x + 0.1, PARAMS), block_size=16)
-    with pytest.raises(ValueError, match="other values"):
-        checkpoint.restore(tmp_path / "adapters", other)
-
-
-# Bad input
-
-
-def test_bad_input():
-    with pytest.raises(ValueError, match="qtype='int3'; expected one of int8, int4, nf4"):
-        tied_lora.quantize(PARAMS, "int3")
-    with pytest.raises(ValueError, match="block_size=8; expected an int of at least 16"):
-        tied_lora.quantize(PARAMS, block_size=8)
-    with pytest.raises(ValueError, match=r"'\S+kernel' is quantised already; quantize\(dequantize"):
-        tied_lora.quantize(tied_lora.quantize(PARAMS))
-    with pytest.raises(ValueError, match=r"names no leaf; there are, among others, .*embed_tokens"):
-        tied_lora.quantize(PARAMS, exclude_modules=["embed_token"])
-    with pytest.raises(ValueError, match="no leaf to quantise"):
-        tied_lora.quantize({"dense": {"kernel": array(7, 9), "bias": array(32)}})
-
-
-def test_quantising_needs_qwix(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "qwix", None)
-    with pytest.raises(ImportError, match=r"pip install 'flax-tied-lora\[quantized\]'"):
-        tied_lora.quantize({"dense": {"kernel": array(48, 80)}})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import re
 import shutil
 
 import jax
@@ -16,42 +14,9 @@ import pytest
 import flax_tied_lora as tied_lora
 from flax_tied_lora import checkpoint
 from flax_tied_lora.checkpoint import CheckpointError
+from tests.helpers.saved_base import base_params, wrapped
 
-CONFIG = tied_lora.LoraConfig(r=2, target_modules=["embed", "dense"])
 OPTIMIZER = optax.adam(0.1)
-TIES = [("embed/embedding", "head/kernel")]
-
-
-@functools.cache
-def base_params():
-    keys = iter(jax.random.split(jax.random.key(0), 3))
-    table = jax.random.normal(next(keys), (64, 16))
-    return {
-        "embed": {"embedding": table},
-        "dense": {"kernel": jax.random.normal(next(keys), (16, 16)), "bias": jnp.zeros(16)},
-        "head": {"kernel": table.T},
-    }
-
-
-@functools.cache
-def wrapped():
-    adapted = tied_lora.wrap(base_params(), CONFIG, ties=TIES)
-    return adapted.replace(adapters=jax.tree.map(noise, adapted.adapters))
-
-
-def noise(x):
-    """Random bits, which no compression makes smaller."""
-    return jax.random.normal(jax.random.key(x.size), x.shape, x.dtype)
-
-
-def changed(path, value):
-    module, name = path.split("/")
-    params = base_params()
-    return {**params, module: {**params[module], name: value}}
-
-
-def without(module):
-    return {name: value for name, value in base_params().items() if name != module}
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +117,6 @@ def test_options_twice(tmp_path):
         checkpoint.Manager(tmp_path, max_to_keep=1, options=ocp.CheckpointManagerOptions())
 
 
-def test_params_that_are_adapted(tmp_path):
-    with pytest.raises(CheckpointError, match=r"save tied_lora.merge\(adapted\)"):
-        checkpoint.save_params(tmp_path / "a", wrapped())
-    assert not list(tmp_path.iterdir())
-
-
 # No checkpoint
 
 
@@ -191,51 +150,6 @@ def test_adapters_and_params_are_not_mixed_up(tmp_path, saved):
         restore(tmp_path / "p")
     with pytest.raises(CheckpointError, match="adapter holds adapters; use restore"):
         checkpoint.restore_params(saved)
-
-
-# Another base
-
-
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        (lambda: without("dense"), r"no 'dense/kernel' float32\[16, 16\], which the checkpoint's"),
-        (lambda: without("head"), "the params have no 'head/kernel'"),
-        (
-            lambda: changed("dense/kernel", jnp.zeros((16, 8))),
-            r"'dense/kernel' is float32\[16, 8\] in the params and float32\[16, 16\] in the",
-        ),
-        (
-            lambda: changed("head/kernel", jnp.zeros((64, 16))),
-            r"'head/kernel' is float32\[64, 16\] in the params and float32\[16, 64\] in",
-        ),
-        (
-            lambda: changed("embed/embedding", jnp.zeros((64, 16), jnp.bfloat16)),
-            r"'embed/embedding' is bfloat16\[64, 16\] in the params and float32",
-        ),
-        (wrapped, r"params is an Adapted; expected the base, tied_lora.base\(adapted\)"),
-        (
-            lambda: changed("dense/bias", jnp.zeros(15)),
-            r"not the base .*'dense/bias' is float32\[15\], saved with float32\[16\]\. Load",
-        ),
-        (
-            lambda: changed("dense/bias", base_params()["dense"]["bias"].at[3].set(1e-8)),
-            "not the base of the adapters in .*adapter: 'dense/bias' has other values",
-        ),
-        (
-            lambda: {**base_params(), "new": {"kernel": jnp.ones(2)}},
-            "'new/kernel' is not in the saved base",
-        ),
-        (lambda: changed("dense/bias", None), "'dense/bias' is missing"),
-        (
-            lambda: jax.tree.map(lambda x: x * np.float32(1.01) + 1, base_params()),
-            "values; 'dense/kernel' has other values; 'embed/embedding' has .*check_base=False",
-        ),
-    ],
-)
-def test_another_base(saved, params, message):
-    with pytest.raises(CheckpointError, match=message):
-        restore(saved, params())
 
 
 # Other templates
@@ -285,19 +199,3 @@ def test_wide_arrays_are_not_narrowed(tmp_path):
     asked = {"x": jax.ShapeDtypeStruct((2,), np.float64)}
     with pytest.raises(CheckpointError, match=r"'x' is float64.*needs jax_enable_x64, or a NumPy"):
         restore(tmp_path / "a", extra=asked)
-
-
-def test_params_into_a_target_that_does_not_fit(tmp_path):
-    checkpoint.save_params(tmp_path / "p", base_params(), ties=TIES)
-    for target, message in (
-        (without("head"), "the target has no 'head/kernel', which .* as a member of the tie group"),
-        (without("dense"), "params in .*'dense.bias' is only in the checkpoint"),
-        (changed("dense/bias", jnp.ones(3)), r"'dense.bias' is float32\[16\] in the checkpoint"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            checkpoint.restore_params(tmp_path / "p", target)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with pytest.raises(CheckpointError, match="sharding is not like the params of"):
-        checkpoint.restore_params(tmp_path / "p", sharding={"dense": place})
-    with pytest.raises(CheckpointError, match=re.escape("restore: ")):
-        checkpoint.restore_params(tmp_path / "nowhere")

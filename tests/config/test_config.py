@@ -1,20 +1,20 @@
-"""LoraConfig: PEFT's fields one by one, hashing, JSON. Bad input is in test_config_errors.py."""
+"""LoraConfig: PEFT's fields one by one, hashing, JSON. Bad input is in test_checks.py."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
 
 import numpy as np
-import peft
 import pytest
 
+from flax_tied_lora._config.as_dict import NOT_CARRIED_OUT
 from flax_tied_lora._config.axes_and_parts import OWN_FIELDS
-from flax_tied_lora._config.config import _NOT_YET, LoraConfig
-
-PEFT_FIELDS = {f.name: f for f in dataclasses.fields(peft.LoraConfig)}
+from flax_tied_lora._config.config import LoraConfig
+from tests.helpers.peft_fields import DEFAULTS, PEFT_FIELDS
 
 # Every field of PEFT's that is carried out, with a value of its own.
 CARRIED = {
@@ -62,27 +62,27 @@ REFUSED = {
     "megatron_core": "my.core",
     "monteclora_config": {},
     "qalora_group_size": 32,
-    "runtime_config": peft.LoraRuntimeConfig(),
+    "runtime_config": {"ephemeral_gpu_offload": True},
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
     "velora_config": {"scale": 1.0},
 }
 
 
-def test_has_every_field_of_peft_and_two_of_its_own():
+def test_has_every_field_of_peft_that_is_carried_out_and_two_of_its_own():
     ours = {f.name for f in dataclasses.fields(LoraConfig)}
-    assert ours == {*PEFT_FIELDS, *OWN_FIELDS}
+    assert ours == {*PEFT_FIELDS, *OWN_FIELDS} - set(NOT_CARRIED_OUT)
     assert not set(PEFT_FIELDS) & set(OWN_FIELDS)
 
 
 def test_each_field_of_peft_is_carried_out_or_refused():
     assert set(CARRIED) | set(REFUSED) == set(PEFT_FIELDS)
     assert set(CARRIED) & set(REFUSED) == {"init_lora_weights"}  # by its value
-    assert set(REFUSED) == set(_NOT_YET)
+    assert set(REFUSED) - {"init_lora_weights"} == set(NOT_CARRIED_OUT)
 
 
 def test_defaults_are_those_of_peft():
-    ours, theirs = LoraConfig().to_dict(), peft.LoraConfig().to_dict()
+    ours, theirs = LoraConfig().to_dict(), DEFAULTS
     differing = {name for name in theirs if ours[name] != theirs[name]}
     # peft_version is filled in by PEFT; None ties what is tied, which PEFT has no word for.
     assert differing == {"peft_version", "ensure_weight_tying"}
@@ -100,7 +100,23 @@ def test_carried_out_field_keeps_its_value(field):
 @pytest.mark.parametrize("field", REFUSED)
 def test_refused_field_is_named(field):
     with pytest.raises(NotImplementedError, match=rf"LoraConfig: {field}=.*the default"):
-        LoraConfig(**{field: REFUSED[field]})
+        LoraConfig.from_dict({field: REFUSED[field]})
+
+
+@pytest.mark.parametrize("field", sorted(NOT_CARRIED_OUT))
+def test_what_only_peft_has_is_no_parameter(field):
+    assert field not in inspect.signature(LoraConfig).parameters
+    with pytest.raises(TypeError, match=f"unknown field '{field}'; PEFT has it, and this version"):
+        LoraConfig(**{field: NOT_CARRIED_OUT[field]})
+
+
+def test_signature_shows_each_field_with_its_default():
+    parameters = inspect.signature(LoraConfig).parameters
+    assert {name: p.default for name, p in parameters.items()} == {
+        f.name: f.default for f in dataclasses.fields(LoraConfig)
+    }
+    assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    assert parameters["bias"].annotation == "Bias"
 
 
 VALUES = [
@@ -122,11 +138,6 @@ def test_takes_each_value_that_peft_takes(field, values):
     configs = [LoraConfig(**{field: value}) for value in values]
     assert [config.to_dict()[field] for config in configs] == values
     assert len(set(configs)) == len(values)
-    for value in values:
-        if value is not None:
-            assert peft.LoraConfig(**{field: value}).to_dict()[field] == (
-                set(value) if field == "target_modules" and isinstance(value, list) else value
-            )
 
 
 @pytest.mark.parametrize("field", ["target_parameters", "modules_to_save"])
@@ -167,7 +178,8 @@ def test_no_target_modules_are_needed_where_something_else_is_trained(fields):
 @pytest.mark.parametrize("field", sorted(set(REFUSED) - {"init_lora_weights"}))
 def test_refused_field_may_have_its_default_or_none(field):
     default = LoraConfig().to_dict().get(field)
-    assert LoraConfig(**{field: default}) == LoraConfig(**{field: None}) == LoraConfig()
+    for value in (default, None):
+        assert LoraConfig.from_dict({field: value}) == LoraConfig()
 
 
 def test_is_frozen():

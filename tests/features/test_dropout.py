@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import flax_tied_lora as tied_lora
+from tests.helpers import one_kernel
 from tests.helpers.small_models import TOKENS, TiedLM, init, randomised, wrapped
 
 MODEL = TiedLM()
@@ -142,3 +144,36 @@ def test_a_weight_that_is_added_up_has_none_and_says_so():
     with pytest.warns(tied_lora.DensifyWarning) as caught:
         chex.assert_trees_all_equal(added_up(DROPPED), result)
     assert said not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("transform", [jax.jvp, jax.linearize], ids=["jvp", "linearize"])
+def test_dropout_in_a_forward_differentiated_function_is_refused(transform):
+    def model(params: Any, x: jax.Array) -> Any:
+        def f(x: jax.Array) -> jax.Array:
+            return x @ params["dense"]["kernel"]
+
+        return jax.jvp(f, (x,), (x,))[1] if transform is jax.jvp else jax.linearize(f, x)[1](x)
+
+    adapted = one_kernel.wrapped(lora_dropout=0.5).train(jax.random.key(0))
+    with pytest.raises(ValueError, match="'dense/kernel' is read in a function that was differen"):
+        tied_lora.adapt(model)(adapted, one_kernel.X)
+    tied_lora.adapt(model)(adapted.eval(), one_kernel.X)
+
+
+def test_dropout_inside_shard_map_differs_where_the_data_does():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jnp.ones((4, 8))
+
+    def model(params: Any, check_vma: bool) -> jax.Array:
+        return jax.shard_map(
+            lambda w, x: x @ w, mesh=mesh, in_specs=(jax.P(), jax.P("x")), out_specs=jax.P("x"),
+            check_vma=check_vma,
+        )(params["dense"]["kernel"], rows)  # fmt: skip
+
+    adapted = one_kernel.wrapped(lora_dropout=0.5).train(jax.random.key(0))
+    found = np.asarray(jax.jit(lambda a: tied_lora.adapt(model)(a, True))(adapted))
+    assert len({row.tobytes() for row in found}) > 1
+    with pytest.raises(ValueError, match="shard_map with check_vma=False"):
+        tied_lora.adapt(model)(adapted, False)
+    plain = tied_lora.adapt(model)(adapted.eval(), False)
+    np.testing.assert_allclose(plain, rows @ tied_lora.merge(adapted)["dense"]["kernel"], rtol=1e-5)

@@ -12,6 +12,7 @@ import flax_tied_lora as tied_lora
 from flax_tied_lora import QuantizedArray, arithmetic, checkpoint
 from flax_tied_lora.names import names_of, to_state_dict
 from flax_tied_lora.peft import load_adapter, save_adapter, save_merged
+from tests.helpers import quantized_model
 from tests.helpers.oracle import array, perturbed
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -144,3 +145,16 @@ def test_equal_values_are_found_where_they_are_quantised():
     assert group.paths == ("a/embedding", "b/embedding")
     other = tied_lora.quantize({"a": {"embedding": table}, "b": {"embedding": table + 1}})
     assert not tied_lora.find_ties(other, equal_values=True)
+
+
+def test_checkpoint_of_adapters_knows_its_quantised_base(tmp_path):
+    stored = tied_lora.quantize(quantized_model.PARAMS, block_size=16)
+    adapted = quantized_model.wrapped(stored)
+    checkpoint.save(tmp_path / "adapters", adapted)
+    restored = checkpoint.restore(tmp_path / "adapters", stored).adapted
+    jax.tree.map(np.testing.assert_array_equal, restored.adapters, adapted.adapters)
+    other = tied_lora.quantize(
+        jax.tree.map(lambda x: x + 0.1, quantized_model.PARAMS), block_size=16
+    )
+    with pytest.raises(ValueError, match="other values"):
+        checkpoint.restore(tmp_path / "adapters", other)

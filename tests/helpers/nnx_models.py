@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from tests.helpers.small_models import randomised
 
 VOCAB, WIDTH, LAYERS = 12, 8, 3
 TOKENS = np.array([[1, 2, 3, 7], [4, 5, 1, 0]], np.int32)
+CONFIG = tied_lora.LoraConfig(r=2, lora_alpha=3, target_modules=["lm_head", "up"])
 
 
 class Head(nnx.Module):
@@ -125,3 +127,19 @@ def loss(model: Any, tokens: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(
         model(tokens)[:, :-1], tokens[:, 1:]
     ).mean()
+
+
+@functools.cache
+def shared_variable() -> SharedVariable:
+    return SharedVariable(nnx.Rngs(0))
+
+
+def adapted(**options):
+    return wrapped(shared_variable(), ["lm_head", "up"], **options)
+
+
+def close(found, expected, tolerance=2e-5):
+    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -85,8 +87,13 @@ fused.defvjp(
 )
 
 
-def test_rule_for_a_custom_vjp(monkeypatch):
-    monkeypatch.setattr("flax_tied_lora._interpreter.registry._CUSTOM", {})
+@pytest.fixture(autouse=True)
+def _no_rules_left_behind(monkeypatch):
+    monkeypatch.setattr(registry, "_CUSTOM", {})
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+
+def test_rule_for_a_custom_vjp():
     calls = []
 
     @tied_lora.register_rule(fused)
@@ -103,15 +110,13 @@ def test_rule_for_a_custom_vjp(monkeypatch):
     assert served(explained) == [("custom_vjp_call", "dense")]
 
 
-def test_rule_that_declines(monkeypatch):
-    monkeypatch.setattr("flax_tied_lora._interpreter.registry._CUSTOM", {})
+def test_rule_that_declines():
     tied_lora.register_rule(fused, lambda context, equation, x, w: NotImplemented)
     explained = check(lambda p, x: fused(x, table(p)), TABLE, X, on_dense="allow")
     assert served(explained) == [("custom_vjp_call", "dense")]
 
 
-def test_rule_for_a_primitive(monkeypatch):
-    monkeypatch.setattr("flax_tied_lora._interpreter.registry._RULES", dict(registry._RULES))
+def test_rule_for_a_primitive():
     halved = Primitive("halved_product")
     halved.def_impl(lambda x, w: 0.5 * x @ w.T)
     halved.def_abstract_eval(lambda x, w: jax.core.ShapedArray((x.shape[0], w.shape[0]), x.dtype))
@@ -137,3 +142,16 @@ def test_rule_for_something_else():
         TypeError, match=r"register_rule: expected a jax\.extend\.core\.Primitive.* int"
     ):
         tied_lora.register_rule(3, lambda *args: NotImplemented)
+
+
+def test_a_custom_function_that_closes_over_something_gets_no_rule():
+    def make(scale: float) -> Any:
+        @jax.custom_vjp
+        def scaled(x: jax.Array) -> jax.Array:
+            return scale * x
+
+        scaled.defvjp(lambda x: (scale * x, None), lambda _, g: (scale * g,))
+        return scaled
+
+    with pytest.raises(ValueError, match="'scaled' closes over scale; functions that differ"):
+        tied_lora.register_rule(make(2.0), lambda *_: NotImplemented)

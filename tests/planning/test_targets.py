@@ -2,53 +2,13 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import pytest
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import LoraConfig
-from tests.helpers.small_models import TOKENS, VOCAB, WIDTH, StackedLM, TiedLM, init
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.LayerNorm(name="norm")(x)
-        return x + nn.Dense(WIDTH, name="v_proj")(nn.Dense(WIDTH, name="q_proj")(x))
-
-
-class Deep(nn.Module):
-    """Three layers in a list, and a head that may be tied."""
-
-    tied: bool = True
-
-    @nn.compact
-    def __call__(self, tokens):
-        embed = nn.Embed(VOCAB, WIDTH, name="embed_tokens")
-        x = embed(tokens)
-        for i in range(3):
-            x = Block(name=f"layers_{i}")(x)
-        if not self.tied:
-            return nn.Dense(VOCAB, use_bias=False, name="lm_head")(x)
-        with jax.named_scope("lm_head"):
-            return embed.attend(x)
-
-
-MODEL = Deep()
-PARAMS = init(MODEL)
-SITES = tied_lora.trace(MODEL.apply, {"params": PARAMS}, TOKENS)
-TABLE = "embed_tokens/embedding"
-
-
-def adapted_keys(targets, params=PARAMS, sites=None, ties="auto", **options):
-    config = LoraConfig(r=2, target_modules=targets, **options)
-    return {g.key for g in tied_lora.wrap(params, config, sites=sites, ties=ties).plan.adapted}
-
-
-def kernels(name, layers=(0, 1, 2)):
-    return {f"layers_{i}/{name}/kernel" for i in layers}
+from tests.helpers.deep_model import PARAMS, SITES, TABLE, adapted_keys, kernels
+from tests.helpers.small_models import TOKENS, StackedLM, TiedLM, init
 
 
 @pytest.mark.parametrize(
@@ -92,55 +52,6 @@ def _renamed(options):
 def test_no_layer_is_left():
     with pytest.raises(ValueError, match="names no leaf, module or call site"):
         adapted_keys(["q_proj"], layers_to_transform=[7])
-
-
-# all-linear
-
-
-def test_all_linear_leaves_a_tied_table_out():
-    assert adapted_keys("all-linear", sites=SITES) == kernels("q_proj") | kernels("v_proj")
-    assert adapted_keys("All-Linear", sites=SITES) == kernels("q_proj") | kernels("v_proj")
-
-
-def test_all_linear_leaves_an_untied_output_projection_out():
-    model = Deep(tied=False)
-    params = init(model)
-    sites = tied_lora.trace(model.apply, {"params": params}, TOKENS)
-    expected = kernels("q_proj") | kernels("v_proj")
-    assert adapted_keys("all-linear", params, sites) == expected
-    declared = [(TABLE, "lm_head/kernel")]
-    assert adapted_keys("all-linear", params, sites, ties=declared) == expected
-
-
-def test_all_linear_takes_a_second_head_beside_a_tied_table():
-    """Of as many columns as a table has rows: it was taken for the output projection."""
-
-    class TwoHeads(nn.Module):
-        @nn.compact
-        def __call__(self, tokens):
-            embed = nn.Embed(VOCAB, WIDTH, name="embed_tokens")
-            x = embed(tokens) + nn.Embed(2, WIDTH, name="token_types")(tokens % 2)
-            return embed.attend(x), nn.Dense(2, name="next_sentence")(x)
-
-    model = TwoHeads()
-    params = init(model)
-    sites = tied_lora.trace(model.apply, {"params": params}, TOKENS)
-    assert adapted_keys("all-linear", params, sites) == {"next_sentence/kernel"}
-
-
-def test_all_linear_of_stacked_attention():
-    model = StackedLM()
-    params = init(model)
-    sites = tied_lora.trace(model.apply, {"params": params}, TOKENS)
-    layer = "layers/layer"
-    assert adapted_keys("all-linear", params, sites) == {
-        f"{layer}/q_proj/kernel", f"{layer}/o_proj/kernel"
-    }  # fmt: skip
-
-
-def test_all_linear_with_exclusions():
-    keys = adapted_keys("all-linear", sites=SITES, exclude_modules=["v_proj", "layers_0.q_proj"])
-    assert keys == kernels("q_proj", [1, 2])
 
 
 # Scopes and roles
@@ -227,20 +138,5 @@ def test_tied_table_has_the_rows_of_its_lookup():
         assert (group.rows, group.cols, group.is_table) == ((0,), (1,), True)
 
 
-def test_target_that_names_nothing_beside_one_that_does():
-    with pytest.warns(tied_lora.UnmatchedTargetWarning, match="'k_proj' .*nearby: .*q_proj"):
-        assert adapted_keys(["q_proj", "k_proj"]) == kernels("q_proj")
-
-
 def test_small_model_needs_no_sites():
     assert adapted_keys(["up", "embed_tokens"], init(TiedLM())) == {TABLE, "up/kernel"}
-
-
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_for_no_target_warns(field):
-    params = {"a": {"kernel": jnp.ones((4, 4))}}
-    config = tied_lora.LoraConfig(r=2, target_modules=["a"], **{field: {"zzz": 1}})
-    with pytest.warns(tied_lora.UnmatchedTargetWarning, match=f"'zzz' in {field}.*'a'"):
-        tied_lora.wrap(params, config)
-    config = tied_lora.LoraConfig(r=2, target_modules=["a"], **{field: {"a": 1}})
-    tied_lora.wrap(params, config)

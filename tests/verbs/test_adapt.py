@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -12,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import flax_tied_lora as tied_lora
+from tests.helpers import one_kernel
 from tests.helpers.small_models import TOKENS, StackedLM, TiedLM, init, wrapped
 
 MODEL = TiedLM()
@@ -240,3 +243,15 @@ def test_half_precision_under_strict_promotion(dtype):
     merged = run(tied_lora.merge(adapted))
     errors = [float(jnp.abs(y.astype(jnp.float32) - exact).max()) for y in (got, merged)]
     assert errors[0] <= 2 * errors[1] + 1e-3
+
+
+def test_objects_that_keep_state_reach_the_function_as_themselves():
+    rngs = nnx.Rngs(0)
+    found: list[Any] = []
+
+    def model(params: Any, rngs: Any, batch: Any) -> jax.Array:
+        found.extend([rngs, batch["rngs"]])
+        return one_kernel.X @ params["dense"]["kernel"]
+
+    tied_lora.adapt(model)(one_kernel.wrapped(), rngs, {"rngs": rngs})
+    assert all(x is rngs for x in found)

@@ -154,3 +154,57 @@ def test_several_adapted_arguments_are_told_apart():
         NotTiedError, match=r"'w \(adapted argument 1\)' is adapted and read nowhere"
     ):
         unread.assert_tied()
+
+
+def test_cost_of_one_product_of_several_leaves_is_at_the_first():
+    params = {"q": jnp.ones((64, 16)), "k": jnp.ones((64, 8))}
+    explanation = tied_lora.explain(
+        lambda p, x: x @ jnp.concatenate([p["q"], p["k"]], 1), wrapped(params, ["q", "k"]),
+        jnp.ones((5, 64)),
+    )  # fmt: skip
+    assert [r.site.leaf for r in explanation.reads] == ["q", "k"]
+    first, second = explanation.reads
+    # Each delta is padded with zeros to the width of both.
+    assert first.flops == 2 * (2 * 5 * 64 * 2 + 2 * 5 * 2 * 24)
+    assert first.bytes == 2 * 4 * (5 * 2 + 5 * 24)
+    assert (second.flops, second.bytes) == (0, 0)
+
+
+def test_cost_of_a_product_of_two_leaves_counts_each_once():
+    params = {"down": jnp.ones((64, 16)), "up": jnp.ones((16, 64))}
+    explanation = tied_lora.explain(
+        lambda p, x: x @ (p["down"] @ p["up"]), wrapped(params, ["down", "up"]), jnp.ones((5, 64))
+    )
+    densify = 2 * 64 * 2 * (64 + 16)  # each delta with the other's frozen matrix
+    both = 2 * 2 * 2 * 16 + 2 * 64 * 2 * (2 + 64)  # a delta with the other
+    assert sum(r.flops for r in explanation.reads) == 2 * densify + both
+
+
+def test_cost_does_not_depend_on_how_the_frozen_weight_is_stored():
+    params = {"w": jnp.ones((64, 32))}
+    x = jnp.ones((5, 64))
+
+    def cost(params, x):
+        [read] = tied_lora.explain(lambda p, x: x @ p["w"], wrapped(params, ["w"]), x).reads
+        return read.flops, read.bytes
+
+    expected = (2 * 5 * 2 * (64 + 32), 4 * 5 * (2 + 32))
+    assert cost(params, x) == expected
+    assert cost({"w": params["w"].astype(jnp.bfloat16)}, x.astype(jnp.bfloat16)) == expected
+    assert cost(tied_lora.quantize(params), x) == expected
+    assert cost(params, x[None])[0] == expected[0]
+
+
+def test_cost_of_a_loop_is_that_of_a_step():
+    params = {"w": jnp.ones((3, 64, 64))}
+    sites = tied_lora.trace(
+        lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0],
+        params,
+        jnp.ones((5, 64)),
+    )
+    adapted = wrapped(params, ["w"], sites=sites)
+    [read] = tied_lora.explain(
+        lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0], adapted,
+        jnp.ones((5, 64)),
+    ).reads  # fmt: skip
+    assert read.flops == 2 * 5 * 2 * (64 + 64)

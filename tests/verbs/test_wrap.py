@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 
 import chex
@@ -195,3 +196,22 @@ def test_ten_thousand_targets():
     took = time.thread_time() - start
     assert len(adapted.plan.adapted) == 10_000
     assert took < 6  # one by one they took more than 8 s
+
+
+def test_warnings_show_the_line_that_wraps():
+    """A warning of `wrap` names the caller's file, and the collector runs again afterwards."""
+    params = init(TiedLM())
+    sites = tied_lora.trace(TiedLM().apply, {"params": params}, TOKENS)
+    cases = [
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": False},
+        {"target_modules": ["up", "nothing"]},
+        {"target_modules": ["up"], "rank_pattern": {"nothing": 3}},
+    ]
+    for fields in cases:
+        config = tied_lora.LoraConfig(r=2, **fields)
+        with pytest.warns(
+            (tied_lora.UnmatchedTargetWarning, tied_lora.WeightTyingWarning)
+        ) as caught:
+            tied_lora.wrap(params, config, sites=sites)
+        assert [w.filename for w in caught] == [__file__]
+    assert gc.isenabled()

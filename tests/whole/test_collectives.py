@@ -83,7 +83,9 @@ def test_where_the_table_is_gathered_so_is_its_factor(loss):
         [c for c in collectives(x) if c.kind == "all-gather" and {*c.shape} == {V, D}]
         for x in (theirs, ours)
     ]
-    assert gathers[0] == gathers[1] != []
+    # A frozen table's transpose is gathered beside it; an adapted one is read as it is stored.
+    assert gathers[1] != []
+    assert not collections.Counter(gathers[1]) - collections.Counter(gathers[0])
     new, hidden = added(ours, theirs), 4 * RANK * batch * SHAPE.length
     assert not [c for c in new if c.size > RANK * V]
     assert moved(ours) - moved(theirs) <= 5 * FACTORS + 4 * hidden, new

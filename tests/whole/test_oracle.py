@@ -24,7 +24,7 @@ def run(program: Program) -> list[str]:
 def test_adapted_equals_merged():
     added_up = []
 
-    @settings(max_examples=200)
+    @settings(max_examples=2 * settings().max_examples)  # 200; fewer in `make quick`
     @given(programs())
     def check(program):
         added_up.append(bool(run(program)))

@@ -15,16 +15,17 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr
 
-from flax_tied_lora._algebra.weight import Dense, Weight
+from flax_tied_lora._algebra.term import Dense
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.inner import (
     Rebuilt,
     avals_of,
     evaluate_inner,
-    flatten,
     handed_back,
     hidden_names,
     met,
     one_hot_operands,
+    parts_of,
     rebuild,
     run_with,
     shown,
@@ -51,7 +52,7 @@ def jit(context, eqn, *operands):
         hidden, avals_of(hidden, inner.jaxpr.invars), names,
     )  # fmt: skip
     met(context, built.reads, names)
-    flat, _ = flatten(hidden)
+    flat, _ = parts_of(hidden)
     unspecified = _unspecified()
 
     def repeated(values: Sequence[Any], xs: Sequence[Any], other: Any) -> tuple[Any, ...]:
@@ -95,7 +96,8 @@ def _forwarded(jaxpr: Jaxpr, operands: Sequence[Any], results: Sequence[Any]) ->
 
 def _dense_parts(weight: Weight) -> list[bool]:
     flags = [
-        isinstance(term, Dense) for term in weight.terms for _ in jax.tree.leaves(term)
+        isinstance(term, Dense) and term.factor.in_order()
+        for term in weight.terms for _ in jax.tree.leaves(term)
     ]  # fmt: skip
     return flags + [False] * len(jax.tree.leaves(weight.scale))
 
@@ -110,7 +112,7 @@ def checkpoint(context, eqn, *operands):
         hidden, avals_of(hidden, inner.invars), names,
     )  # fmt: skip
     met(context, built.reads, names)
-    flat, _ = flatten(hidden)
+    flat, _ = parts_of(hidden)
     opened, consts = _opened(built.jaxpr)
     results = run_with(
         context, eqn, [*consts, *flat], built.jaxpr.out_avals, jaxpr=opened, effects=opened.effects
@@ -133,7 +135,7 @@ def cond(context, eqn, index, *operands):
     branches, (hidden, names) = eqn.params["branches"], hidden_names(operands)
     hot = one_hot_operands(context, eqn, skip=1)
     avals = avals_of(hidden, branches[0].jaxpr.invars)
-    flat, _ = flatten(hidden)
+    flat, _ = parts_of(hidden)
 
     def build(symbolic: tuple[bool, ...]) -> list[Rebuilt]:
         def body(branch: Any, c: Any, *xs: Any) -> tuple[list[Any], Any]:
@@ -214,10 +216,8 @@ def shard_map(context, eqn, *operands):
 def _specs(weight: Weight, spec: Any) -> Weight:
     """Returns a weight with specs in place of arrays: each factor axis as the weight's."""
     whole = (*spec, *[None] * (len(weight.shape) - len(spec)))
-    dense: Any = jax.P(*whole)
     marked = weight.rearrange(
         jax.ShapeDtypeStruct(weight.shape, weight.dtype),
-        lambda array: dense,
         lambda factor: dataclasses.replace(
             factor, array=jax.P(*(whole[a] if isinstance(a, int) else None for a in factor.axes))
         ),

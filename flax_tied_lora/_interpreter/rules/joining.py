@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._algebra.factor import Cost, Factor, MixedAxesError, accumulator
+from flax_tied_lora._algebra.factor import Factor, NotServedError, accumulator, sum_of
 from flax_tied_lora._algebra.site_filter import OTHER
-from flax_tied_lora._algebra.weight import LowRank, Weight
-from flax_tied_lora._algebra.weight import add as total_of
+from flax_tied_lora._algebra.term import LowRank
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
-from flax_tied_lora._interpreter.rules.layout import drop, same_axes
+from flax_tied_lora._interpreter.rules.layout import same_axes
 
 
 @rule("split")
@@ -32,7 +32,6 @@ def split(context, eqn, weight):
         outputs.append(
             weight.rearrange(
                 outvar.aval,
-                lambda array, cut=cut: cut(array, axis),
                 lambda f, cut=cut: (
                     Factor(cut(f.array, f.axes.index(axis)), f.axes) if axis in f.axes else f
                 ),
@@ -46,20 +45,12 @@ def split(context, eqn, weight):
 @rule("pad")
 def pad(context, eqn, weight, value):
     if not isinstance(weight, Weight):
-        return NotImplemented
+        raise NotServedError
     margins = {i: c for i, c in enumerate(eqn.params["padding_config"]) if any(c)}
     dense, deltas = weight.folded().parted()
     # The delta of what is padded is 0, whatever the value.
     deltas = [_padded(term, margins) for term in deltas]
     return [Weight.of(context.run(eqn, [dense, value])[0], deltas, weight.origins)]
-
-
-def pad_factor(factor: Factor, config: Mapping[int, Sequence[int]]) -> Factor:
-    """Returns a factor padded with zeros, ``config`` giving low, high and interior for an axis."""
-    full: list[Any] = [tuple(map(int, config.get(a, (0, 0, 0)))) for a in factor.axes]
-    if not any(map(any, full)):
-        return factor
-    return Factor(lax.pad(factor.array, jnp.zeros((), factor.array.dtype), full), factor.axes)
 
 
 @rule("concatenate")
@@ -89,20 +80,16 @@ def joined(operands: Sequence[Any], axis: int, aval: Any) -> Weight:
 
 
 def _padded(term: Any, margins: Mapping[int, Sequence[int]]) -> Any:
-    """Returns a delta padded with zeros: it is enough that one of its factors is 0 there."""
+    """Returns a delta padded with zeros: it is 0 where one of its factors is."""
     reached: set[Any] = set()
 
     def move(factor: Factor) -> Factor:
         reached.update(factor.axes)
-        return pad_factor(factor, margins)
+        return factor.padded(margins)
 
-    def run(array: Any) -> Any:
-        reached.update(range(array.ndim))
-        return pad_factor(Factor(array, tuple(range(array.ndim))), margins).array
-
-    padded = term.rearrange(run, move)
+    padded = term.rearrange(move)
     if not set(margins) <= reached:
-        raise MixedAxesError  # the delta does not vary along an axis, so nothing of it can be 0
+        raise NotServedError  # the delta does not vary along an axis, so nothing of it can be 0
     return padded
 
 
@@ -112,7 +99,7 @@ def add(context, eqn, lhs, rhs):
     if not isinstance(lhs, Weight) or not isinstance(rhs, Weight):
         return _to_data(context, eqn, lhs, rhs)
     if lhs.shape != rhs.shape:
-        return NotImplemented
+        raise NotServedError
     left, right = lhs.folded(), rhs.folded()
     (left_dense, deltas), (right_dense, others) = left.parted(), right.parted()
     if eqn.primitive.name == "sub":
@@ -126,21 +113,20 @@ def _to_data(context, eqn, lhs, rhs):
     """A weight beside data, as a table of positions is: it is repeated, its delta is not."""
     weight = lhs if isinstance(lhs, Weight) else rhs
     if not any(t.group for t in weight.terms) or any(t.sites is not None for t in weight.terms):
-        return NotImplemented
+        raise NotServedError
     varying = {a for t in weight.terms if not t.whole for a in t.factor_axes()}
     if not any(n == 1 or i not in varying for i, n in enumerate(weight.shape)):
-        return NotImplemented  # not repeated: what is made is a matrix of the weight's size
-    terms, read = context.read(eqn.primitive.name, weight, OTHER)
-    aval, cost = eqn.outvars[0].aval, Cost()
+        raise NotServedError  # not repeated: what is made is a matrix of the weight's size
+    terms = context.read(eqn.primitive.name, weight, OTHER)
+    aval = eqn.outvars[0].aval
     accumulate, order = accumulator(aval.dtype), range(len(weight.shape))
-    total = total_of([
-        term.product(order, weight.shape, aval.dtype, cost) if isinstance(term, LowRank)
+    total = sum_of([
+        term.product(order, weight.shape, aval.dtype) if isinstance(term, LowRank)
         else term.dense(weight.shape, accumulate)
         for term in terms
     ])  # fmt: skip
     if weight.scale is not None:
         total *= weight.scale.astype(accumulate).spread(order, weight.shape)
-    read(cost)
     pair = [
         jnp.broadcast_to(total if isinstance(x, Weight) else x, aval.shape).astype(accumulate)
         for x in (lhs, rhs)
@@ -165,12 +151,7 @@ def stack(context, eqn, *operands):
     def grow(operand: Any) -> Any:
         if not isinstance(operand, Weight):
             return lax.expand_dims(operand, (axis,))
-        return operand.folded().rearrange(
-            grown,
-            lambda array: lax.expand_dims(array, (axis,)),
-            grow_factor,
-            held,
-        )
+        return operand.folded().rearrange(grown, grow_factor, held)
 
     return [joined([grow(x) for x in operands], axis, aval)]
 
@@ -181,19 +162,7 @@ def unstack(context, eqn, weight):
     axis, outputs = eqn.params["axis"], []
     held = [(i,) for i in range(len(weight.shape)) if i != axis]
     for index, outvar in enumerate(eqn.outvars):
-
-        def at(factor: Factor, index: int = index) -> Factor:
-            if axis in factor.axes:
-                cut = lax.slice_in_dim(factor.array, index, index + 1, axis=factor.axes.index(axis))
-                factor = drop(Factor(cut, factor.axes), (axis,))
-            return factor.relabel(lambda a: a - (a > axis))
-
         outputs.append(
-            weight.rearrange(
-                outvar.aval,
-                lambda array, index=index: lax.index_in_dim(array, index, axis, keepdims=False),
-                at,
-                held,
-            )
+            weight.rearrange(outvar.aval, lambda f, index=index: f.at(axis, index), held)
         )
     return outputs

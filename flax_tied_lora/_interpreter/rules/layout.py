@@ -1,7 +1,8 @@
 """Operations that only rearrange a weight: it stays symbolic, its factors follow.
 
 A rule here is what the operation does to one `Factor`, an array with some of the weight's axes, and
-for each axis of the result the weight axes that it holds. The dense term runs the equation itself.
+for each axis of the result the weight axes that it holds. Where that does not say all that the
+equation does, the equation itself runs on an array that has all of the weight's axes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._algebra.factor import FLOATS, RANK, Cost, Factor, MixedAxesError
+from flax_tied_lora._algebra.factor import FLOATS, RANK, Factor, NotServedError
 from flax_tied_lora._algebra.site_filter import PROJECTION
-from flax_tied_lora._algebra.weight import LowRank, Weight
+from flax_tied_lora._algebra.term import LowRank
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._tree.sharding import vary
 
@@ -27,22 +29,42 @@ def same_axes(eqn: Any) -> Axes:
     return [(i,) for i in range(eqn.invars[0].aval.ndim)]
 
 
-def _layout(*names: str, axes: Callable[[Any], Axes] = same_axes) -> Callable[[Any], Any]:
-    """Makes a rule of what an operation does to a factor: ``move(factor, equation, *others)``."""
+def on_arrays(
+    context: Any, eqn: Any, move: Callable[[Factor], Factor], others: Sequence[Any] = ()
+) -> Callable[[Factor], Factor]:
+    """Returns what moves a factor, but runs the equation on one with all of the weight's axes."""
+    ndim = eqn.invars[0].aval.ndim
+
+    def moved(factor: Factor) -> Factor:
+        if not factor.is_array(ndim):
+            return move(factor)
+        (array,) = context.run(eqn, [factor.ordered(range(ndim)).array, *others])
+        return Factor(array, tuple(range(array.ndim)))
+
+    return moved
+
+
+def _layout(
+    *names: str, axes: Callable[[Any], Axes] = same_axes, arrays: bool = False
+) -> Callable[[Any], Any]:
+    """Makes a rule of what an operation does to a factor: ``move(factor, equation, *others)``.
+
+    Args:
+      axes: returns for each axis of the result the weight axes that it holds.
+      arrays: whether the equation itself runs on arrays that have all axes.
+    """
 
     def decorate(move: Callable[..., Factor]) -> Callable[..., Factor]:
         @rule(*names)
         def apply(context, eqn, weight, *others):
             if not isinstance(weight, Weight) or any(isinstance(x, Weight) for x in others):
-                return NotImplemented
-            return [
-                weight.rearrange(
-                    eqn.outvars[0].aval,
-                    lambda array: context.run(eqn, [array, *others])[0],
-                    lambda factor: move(factor, eqn, *others),
-                    axes(eqn),
-                )
-            ]
+                raise NotServedError
+
+            def moved(factor: Factor) -> Factor:
+                return move(factor, eqn, *others)
+
+            run = on_arrays(context, eqn, moved, others) if arrays else moved
+            return [weight.rearrange(eqn.outvars[0].aval, run, axes(eqn))]
 
         return move
 
@@ -75,10 +97,10 @@ def _broadcast_axes(eqn: Any) -> Axes:
     return [(dims.index(o),) if o in dims else () for o in range(len(eqn.params["shape"]))]
 
 
-@_layout("broadcast_in_dim", axes=_broadcast_axes)
+@_layout("broadcast_in_dim", axes=_broadcast_axes, arrays=True)
 def broadcast_in_dim(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
     if dynamic_shape:
-        raise MixedAxesError
+        raise NotServedError
     dims, shape, operand = (
         eqn.params["broadcast_dimensions"], eqn.params["shape"], eqn.invars[0].aval.shape,
     )  # fmt: skip
@@ -104,7 +126,7 @@ def _reshape_groups(eqn: Any) -> list[tuple[list[int], list[int]]]:
                 outs.append(o)
                 o += 1
             else:
-                raise MixedAxesError  # an axis of size 0
+                raise NotServedError  # an axis of size 0
         groups.append((ins, outs))
     return groups
 
@@ -128,10 +150,10 @@ def _reshape_axes(eqn: Any) -> Axes:
     return held
 
 
-@_layout("reshape", axes=_reshape_axes)
+@_layout("reshape", axes=_reshape_axes, arrays=True)
 def reshape(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
     if dynamic_shape:
-        raise MixedAxesError
+        raise NotServedError
     before, after = _permuted(eqn), eqn.outvars[0].aval.shape
     factor = factor.relabel(_order(eqn).index)
     labels: list[Any] = []
@@ -142,7 +164,7 @@ def reshape(factor: Factor, eqn: Any, *dynamic_shape: Any) -> Factor:
         if not present:
             continue
         if any(before[i] != 1 for i in ins if i not in present):
-            raise MixedAxesError  # rows and columns in one axis
+            raise NotServedError  # rows and columns in one axis
         labels += outs
     factor = drop(factor, unit)
     sources = sorted(a for a in factor.axes if a != RANK)
@@ -171,44 +193,40 @@ def slice_(factor: Factor, eqn: Any) -> Factor:
 @rule("reduce_sum")
 def reduce_sum(context, eqn, weight):
     """Summed over axes that one factor has: that factor is summed."""
-    axes = eqn.params["axes"]
-    weight = weight.folded()
+    axes, weight = eqn.params["axes"], weight.folded()
     for term in weight.terms:
         if not isinstance(term, LowRank):
             if not term.whole:
-                return NotImplemented
+                raise NotServedError
         elif any((i in term.a.axes) == (i in term.b.axes) for i in axes):
-            return NotImplemented
+            raise NotServedError
 
     def move(factor: Factor) -> Factor:
-        own = [i for i, a in enumerate(factor.axes) if a in axes]
+        summed = [i for i, a in enumerate(factor.axes) if a in axes]
         left = tuple(a for a in factor.axes if a not in axes)
-        return Factor(jnp.sum(factor.array, axis=own), left).relabel(kept.index)
+        return Factor(jnp.sum(factor.array, axis=summed), left).relabel(kept.index)
 
-    def summed(weight: Weight) -> Weight:
-        return weight.rearrange(
-            eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], move, [(i,) for i in kept]
-        )
+    def reduced(weight: Weight) -> Weight:
+        held = [(i,) for i in kept]
+        return weight.rearrange(eqn.outvars[0].aval, on_arrays(context, eqn, move), held)
 
     kept = [i for i in range(len(weight.shape)) if i not in axes]
-    out = summed(weight)
+    out = reduced(weight)
     if any(isinstance(t, LowRank) and (RANK,) in (t.a.axes, t.b.axes) for t in out.terms):
         # All rows, or all columns: a product with ones, whose result is data.
-        terms, read = context.read(eqn.primitive.name, weight, PROJECTION, rows=axes)
-        read(Cost())
-        return [summed(weight.replace(terms=terms)).dense()]
+        terms = context.read(eqn.primitive.name, weight, PROJECTION, rows=axes)
+        return [reduced(weight.replace(terms=terms)).dense()]
     return [out]
 
 
 @rule("tile")
 def tile(context, eqn, weight):
     def move(factor: Factor) -> Factor:
-        own = [1 if a == RANK else eqn.params["reps"][a] for a in factor.axes]
-        return Factor(jnp.tile(factor.array, own), factor.axes)
+        reps = [1 if a == RANK else eqn.params["reps"][a] for a in factor.axes]
+        return Factor(jnp.tile(factor.array, reps), factor.axes)
 
-    out = weight.rearrange(
-        eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], move, same_axes(eqn)
-    )
+    aval, run = eqn.outvars[0].aval, on_arrays(context, eqn, move)
+    out = weight.rearrange(aval, run, same_axes(eqn))
     return [out.replace(terms=tuple(t.repeated() for t in out.terms))]
 
 
@@ -222,11 +240,10 @@ def rev(factor: Factor, eqn: Any) -> Factor:
 def convert_element_type(context, eqn, weight):
     new = jnp.dtype(eqn.params["new_dtype"])
     if new.name not in FLOATS or jnp.dtype(weight.dtype).name not in FLOATS:
-        return NotImplemented
-    cast = weight.rearrange(
-        eqn.outvars[0].aval, lambda a: context.run(eqn, [a])[0], lambda f: f, same_axes(eqn)
-    )
-    return [cast.replace(dtype=new)]
+        raise NotServedError
+    cast = on_arrays(context, eqn, lambda factor: factor)
+    out = weight.rearrange(eqn.outvars[0].aval, cast, same_axes(eqn))
+    return [out.replace(dtype=new)]
 
 
 def _each_array(context, eqn, weight):
@@ -261,22 +278,23 @@ def sharding_constraint(context, eqn, weight):
     sharding = eqn.params[name]
     spec = getattr(sharding, "spec", None)
     if spec is None:
-        return NotImplemented
+        raise NotServedError
     whole = (*spec, *[None] * (len(weight.shape) - len(spec)))
 
     def to(array: Any, axes: Sequence[Any]) -> Any:
-        own = jax.P(*(None if a == RANK else whole[a] for a in axes))
-        params = {**eqn.params, name: jax.NamedSharding(sharding.mesh, own)}
+        names = jax.P(*(None if a == RANK else whole[a] for a in axes))
+        params = {**eqn.params, name: jax.NamedSharding(sharding.mesh, names)}
         if free := eqn.params.get("unconstrained_dims"):
             params["unconstrained_dims"] = {i for i, a in enumerate(axes) if a in free}
         return eqn.primitive.bind(array, **params)
 
-    placed = weight.rearrange(
-        eqn.outvars[0].aval,
-        lambda array: context.run(eqn, [array])[0],
-        lambda factor: Factor(to(factor.array, factor.axes), factor.axes),
-        same_axes(eqn),
-    )
+    def move(factor: Factor) -> Factor:
+        if factor.is_array(len(weight.shape)) and factor.in_order():
+            (array,) = context.run(eqn, [factor.array])
+            return Factor(array, factor.axes)
+        return Factor(to(factor.array, factor.axes), factor.axes)
+
+    placed = weight.rearrange(eqn.outvars[0].aval, move, same_axes(eqn))
     if eqn.primitive.name == "reshard":  # scalars too must be of the mesh that it moves to
         placed = jax.tree.map(lambda a: a if a.ndim else to(a, ()), placed)
     return [placed]

@@ -1,7 +1,7 @@
 """Operations that pick rows of a weight by index: lookups, and indexing into stacked weights.
 
 Both factors are indexed as the weight is, each along the axes that it has. Where only one of them
-is indexed, rows are picked and the product is small: it is added up on the spot. Where both are
+is indexed, rows are picked and the product is small: it is materialised on the spot. Where both are
 (layers, experts), what was picked is a weight again.
 """
 
@@ -14,17 +14,18 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import RANK, Cost, Factor, accumulator
+from flax_tied_lora._algebra.factor import RANK, Factor, NotServedError, accumulator, sum_of
+from flax_tied_lora._algebra.for_cpu import joins_tokens, tokens_joined
 from flax_tied_lora._algebra.site_filter import LOOKUP
-from flax_tied_lora._algebra.weight import Dense, LowRank, Weight, add
+from flax_tied_lora._algebra.term import Dense, LowRank
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
-from flax_tied_lora._tree.sharding import single
 
 
 @rule("gather")
 def gather(context, eqn, weight, indices):
     if not isinstance(weight, Weight) or isinstance(indices, Weight):
-        return NotImplemented
+        raise NotServedError
     if weight.scale is not None and not _survives(eqn.params["fill_value"]):
         weight = weight.folded()  # what is filled in is not scaled
     dims = eqn.params["dimension_numbers"]
@@ -39,14 +40,22 @@ def gather(context, eqn, weight, indices):
     if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         for term in weight.terms:
             if not (term.whole or term.stored) and set(indexed) - term.factor_axes():
-                return NotImplemented  # the delta is constant there, and 0 where the index is out
+                raise NotServedError  # the delta is constant there, and 0 where the index is out
+
+    def move(factor: Factor) -> Factor:
+        if not factor.is_array(len(weight.shape)):
+            # Where an index is out of bounds the fill value stands, so the delta is 0.
+            return _gather_factor(factor, eqn, indices, fill=0)
+        if not factor.in_order():
+            return _gather_factor(factor, eqn, indices, eqn.params["fill_value"])
+        (array,) = context.run(eqn, [factor.array, indices])
+        return Factor(array, tuple(range(array.ndim)))
+
     # Beside axes of which one entry is picked, a window over others is a choice of columns.
     rows = [a for a in indexed if a in dims.collapsed_slice_dims] or indexed
     return _pick(
         context, eqn, weight, indexed, rows, dims.operand_batching_dims,
-        lambda array: context.run(eqn, [array, indices])[0],
-        lambda factor: _gather_factor(factor, eqn, indices),
-        held,
+        move, held,
     )  # fmt: skip
 
 
@@ -64,46 +73,39 @@ def _is_whole(eqn: Any, axis: int) -> bool:
 @rule("dynamic_slice")
 def dynamic_slice(context, eqn, weight, *starts):
     if not isinstance(weight, Weight):
-        return NotImplemented
+        raise NotServedError
     sizes = eqn.params["slice_sizes"]
     cut = [i for i, n in enumerate(weight.shape) if sizes[i] != n]
 
     def move(factor: Factor) -> Factor:
-        own = [starts[0] * 0 if a == RANK else starts[a] for a in factor.axes]
+        begin = [starts[0] * 0 if a == RANK else starts[a] for a in factor.axes]
         shape = [factor.size(RANK) if a == RANK else sizes[a] for a in factor.axes]
-        return Factor(lax.dynamic_slice(factor.array, own, shape), factor.axes)
+        array = lax.dynamic_slice(factor.array, begin, shape, allow_negative_indices=False)
+        return Factor(array, factor.axes)
 
-    return _pick(
-        context, eqn, weight, cut, cut, (),
-        lambda array: context.run(eqn, [array, *starts])[0], move,
-        [(i,) for i in range(len(weight.shape))],
-    )  # fmt: skip
+    held = [(i,) for i in range(len(weight.shape))]
+    return _pick(context, eqn, weight, cut, cut, (), move, held)
 
 
 def _pick(
     context: Any, eqn: Any, weight: Weight, indexed: Sequence[int], rows: Sequence[int],
-    batch: Sequence[int], run: Any, move: Any, held: Any,
+    batch: Sequence[int], move: Any, held: Any,
 ):  # fmt: skip
     aval = eqn.outvars[0].aval
     if not indexed:
-        return [weight.rearrange(aval, run, move, held)]
+        return [weight.rearrange(aval, move, held)]
     if context.stays_weight(eqn.primitive.name, weight, indexed):
         origins = tuple(
             dataclasses.replace(o, picked=o.on_leaf(rows), picked_by=eqn.primitive.name)
             for o in weight.origins
         )
-        picked = weight.replace(origins=origins).rearrange(aval, run, move, held)
+        picked = weight.replace(origins=origins).rearrange(aval, move, held)
         return [picked.replace(terms=tuple(t.repeated() for t in picked.terms))]
-    terms, read = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
+    terms = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
     accumulate = accumulator(aval.dtype)
-    cost, parts, low_rank = Cost(), [], False
+    parts, low_rank = [], False
     for term in terms:
-        if isinstance(term, Dense) and term.turned is not None:
-            # From where it is stored: its transpose may be a copy of the whole of it.
-            found = move(Factor(term.turned, (1, 0))).spread(range(aval.ndim), aval.shape)
-            parts.append(_filled(found, eqn, weight, indexed, move))
-            continue
-        moved = term.rearrange(run, move)
+        moved = term.rearrange(move)
         if isinstance(moved, Dense):
             parts.append(moved.array)
         elif isinstance(moved, LowRank):
@@ -115,34 +117,32 @@ def _pick(
                 None,
                 moved.group,
             )
-            parts.append(_product(cast, aval, cost))
+            parts.append(_product(cast, aval))
         else:
-            found = moved.dense(aval.shape, accumulate)
-            parts.append(_filled(found, eqn, weight, indexed, move) if term.stored else found)
+            rows_picked = moved.dense(aval.shape, accumulate)
+            if term.stored:
+                rows_picked = _filled(rows_picked, eqn, weight, indexed, move)
+            parts.append(rows_picked)
     scale = None if weight.scale is None else move(weight.scale)
     if len(parts) == 1 and scale is None and not low_rank:
         return [lax.convert_element_type(parts[0], aval.dtype)]
-    out = add([lax.convert_element_type(p, accumulate) for p in parts])
+    out = sum_of([lax.convert_element_type(p, accumulate) for p in parts])
     if scale is not None:
         out *= scale.astype(accumulate).spread(range(aval.ndim), aval.shape)
-    read(cost)
     return [lax.convert_element_type(out, aval.dtype)]
 
 
-def _product(term: LowRank, aval: Any, cost: Cost) -> Array:
-    """Returns the delta of what was picked, [..., columns], over one axis of tokens if it can be.
-
-    XLA for the CPU copies what a factor's gradient is summed of over two; over one it does not.
-    """
+def _product(term: LowRank, aval: Any) -> Array:
+    """Returns the delta of what was picked, [..., columns]; over one axis of tokens if it can."""
     count = aval.ndim - 1
     picked, other = (term.a, term.b) if 0 in term.a.axes else (term.b, term.a)
     alone = picked.axes == (*range(count), RANK) and {*other.axes} == {count, RANK}
-    if count < 2 or not alone or not single(picked.array):
-        return term.product(range(aval.ndim), aval.shape, aval.dtype, cost)
-    rows = Factor(picked.array.reshape(-1, picked.size(RANK)), (0, RANK))
+    if not alone or not joins_tokens(picked.array, count):
+        return term.product(range(aval.ndim), aval.shape, aval.dtype)
+    rows = Factor(tokens_joined(picked.array, count), (0, RANK))
     flat = LowRank(rows, other.relabel(lambda _: 1), term.scaling, None, term.group)
     shape = (rows.size(0), other.size(count))
-    return flat.product(range(2), shape, aval.dtype, cost).reshape(aval.shape)
+    return flat.product(range(2), shape, aval.dtype).reshape(aval.shape)
 
 
 def _filled(array: Array, eqn: Any, weight: Weight, indexed: Sequence[int], move: Any) -> Array:
@@ -162,14 +162,14 @@ def _batch_positions(eqn: Any) -> list[int]:
 
 
 def _offset_positions(eqn: Any) -> dict[int, int]:
-    """Returns, for each operand axis that the result keeps, its position there."""
+    """Returns, for each operand axis that the result keeps, its position in the result."""
     dims = eqn.params["dimension_numbers"]
     gone = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
     kept = [i for i in range(eqn.invars[0].aval.ndim) if i not in gone]
     return dict(zip(kept, dims.offset_dims, strict=True))
 
 
-def _gather_factor(factor: Factor, eqn: Any, indices: Array) -> Factor:
+def _gather_factor(factor: Factor, eqn: Any, indices: Array, fill: Any) -> Factor:
     """Returns a factor indexed as the weight is, along the axes that the factor has."""
     p = eqn.params
     dims, sizes = p["dimension_numbers"], p["slice_sizes"]
@@ -188,14 +188,15 @@ def _gather_factor(factor: Factor, eqn: Any, indices: Array) -> Factor:
         if axis in here
     ]
     pairs.sort(key=lambda pair: here.index(pair[0]))
-    own = [factor.size(RANK) if a == RANK else sizes[a] for a in here]
+    window = [factor.size(RANK) if a == RANK else sizes[a] for a in here]
     positions = {**offsets, RANK: RANK}
     batch = _batch_positions(eqn)
     if not columns:
         # Nothing to pick from: axes walked in step with the indices are axes of the result.
         positions |= {axis: batch[k] for axis, k in pairs}
-        own = [factor.size(a) if a in dict(pairs) else n for a, n in zip(here, own, strict=True)]
-        cut = lax.slice(factor.array, [0] * len(own), own)
+        walked = dict(pairs)
+        window = [factor.size(a) if a in walked else n for a, n in zip(here, window, strict=True)]
+        cut = lax.slice(factor.array, [0] * len(window), window)
         gone = [i for i, a in enumerate(here) if a not in positions]
         return Factor(lax.squeeze(cut, gone), tuple(positions[a] for a in here if a in positions))
     kept = [positions[a] for a in here if a in positions]
@@ -217,11 +218,10 @@ def _gather_factor(factor: Factor, eqn: Any, indices: Array) -> Factor:
             operand_batching_dims=tuple(here.index(a) for a, _ in pairs),
             start_indices_batching_dims=tuple(k for _, k in pairs),
         ),
-        tuple(own),
+        tuple(window),
         unique_indices=p["unique_indices"] and whole,
         indices_are_sorted=p["indices_are_sorted"] and whole,
         mode=p["mode"],
-        # Where an index is out of bounds the weight's own fill value stands, so the delta is 0.
-        fill_value=0,
+        fill_value=fill,
     )
     return Factor(array, (*batch, *kept))

@@ -1,10 +1,9 @@
 """Loops with a weight inside.
 
 A weight that a loop only carries along stays symbolic: it is taken out of the carry and read from
-outside. One that the body changes is added up before the loop. A scan over stacked weights gives
-each step its slice, factor by factor; slices that it hands on as they are make the stack again. A
-loop is all that its public function takes, so it is
-called again through that.
+outside. One that the body changes is materialised before the loop. A scan over stacked weights
+gives each step its slice, factor by factor; slices that it hands on as they are make the stack
+again. A loop is all that its public function takes, so it is called again through that.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra.factor import Factor
+from flax_tied_lora._algebra.factor import Factor, NotServedError
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.inner import (
     evaluate_inner,
@@ -34,7 +33,7 @@ from flax_tied_lora._tree.keys import is_key
 def scan(context, eqn, *operands):
     p, inner = eqn.params, eqn.params["jaxpr"]
     if p["length"] == 0:
-        return NotImplemented  # there is no slice to look at
+        raise NotServedError  # no step has a slice
     consts, init, xs = _scan_parts(eqn, operands)
     first, last = len(consts), len(consts) + len(init)
     hot = one_hot_operands(context, eqn, walked=last)
@@ -95,12 +94,12 @@ def while_(context, eqn, *operands):
         free, changed = _free(init), []
         counter = jnp.zeros((), jnp.int32) if _keyed([*test_consts, *consts, *init]) else None
 
-        def run(jaxpr: Any, own: Any, warm: Any, met: list[Any], carry: Any) -> Any:
+        def run(jaxpr: Any, constants: Any, warm: Any, met: list[Any], carry: Any) -> Any:
             met.clear()
             index, values = carry
             state = _state(init, free, values, index)
             within = context.inside(met, Provenance())
-            outs = evaluate_inner(within, jaxpr, warm, [*_at_step(own, index), *state])
+            outs = evaluate_inner(within, jaxpr, warm, [*_at_step(constants, index), *state])
             return within, state, outs
 
         def test(carry: Any) -> Any:
@@ -127,7 +126,7 @@ def _fixed_point(
     context: Any, eqn: Any, init: list[Any],
     loop: Callable[[list[Any]], tuple[list[Any], list[Any], list[int]]],
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    """Runs a loop whose carried weights are all unchanged, adding up those that are not.
+    """Runs a loop whose carried weights are all unchanged; materialises those that are not.
 
     Args:
       loop: runs the loop; returns the carry without its weights, the other outputs, and the
@@ -209,8 +208,8 @@ class _Stack:
 
     def join(self, slices: Sequence[Array]) -> Weight:
         """Returns one step's weight from that step's slices."""
-        own = iter(slices)
-        parts = [next(own) if w else a for a, w in zip(self.parts, self.walks, strict=True)]
+        each = iter(slices)
+        parts = [next(each) if w else a for a, w in zip(self.parts, self.walks, strict=True)]
         return jax.tree.unflatten(self.tree, parts)
 
     @classmethod
@@ -229,13 +228,13 @@ class _Stack:
             return factor.relabel(lambda axis: axis - 1)
 
         def first(weight: Weight) -> Weight:
-            moved = weight.rearrange(one, lambda a: a[0], step, same[1:])
+            moved = weight.rearrange(one, step, same[1:])
             return jax.tree.map(lambda a: a[0] if is_key(a) else a, moved)
 
         keyed = weight.replace(terms=tuple(t.fold(jnp.arange(length)) for t in weight.terms))
-        stacked = keyed.rearrange(whole, lambda a: a, front, same)
+        stacked = keyed.rearrange(whole, front, same)
         marked = stacked.rearrange(
-            whole, lambda a: mark, lambda f: Factor(mark if 0 in f.axes else f.array, f.axes), same
+            whole, lambda f: Factor(mark if 0 in f.axes else f.array, f.axes), same
         )
         return cls(
             jax.tree.leaves(stacked),

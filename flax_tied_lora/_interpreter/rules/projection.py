@@ -2,363 +2,189 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import Array, lax
 
-from flax_tied_lora._algebra import kernel_product, logits_product
-from flax_tied_lora._algebra import quantized_product as _quantized_product
+from flax_tied_lora._algebra import delta_product, kernel_product, quantized_product
 from flax_tied_lora._algebra import rows as replaced_rows
 from flax_tied_lora._algebra.factor import (
-    RANK,
     Axis,
-    Cost,
     Factor,
-    MixedAxesError,
+    NotServedError,
     accumulator,
-    contract,
     operation_dtype,
-    times_chain,
 )
+from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._algebra.quantized import Quantized
 from flax_tied_lora._algebra.rows import Rows
 from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION
-from flax_tied_lora._algebra.weight import Dense, LowRank, Term, Weight, add
+from flax_tied_lora._algebra.term import LowRank, Term
+from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
-from flax_tied_lora._tree.sharding import explicit, placed_as, split, varying
-
-
-def serve(
-    context: Any, eqn: Any, weight: Weight, x: Any, terms: Sequence[Term],
-    dense: Callable[[Array], Array], low_rank: Callable[[LowRank, Any, Cost, Any], Any],
-    read: Any, scale: Array | None = None, rows: Callable[[Rows, Any, Cost], Any] | None = None,
-    quantized: Callable[[Quantized, Array], Array] | None = None,
-    turned: Callable[[Array], Array] | None = None,
-) -> Array:  # fmt: skip
-    """Returns the sum over terms of a product with data, cast once to the equation's dtype.
-
-    Args:
-      dense: the product with an array of the weight's shape.
-      low_rank: the product with a delta, or a function that adds it to a result; called with the
-        term, the data, the cost to add to, and the sharding that the result must have, or None.
-      scale: multiplied in before that cast.
-      rows: returns a function that adds the product with replaced rows to a result; None where
-        there is none.
-      quantized: the product with a weight that is stored quantised; None where there is none.
-      turned: the product with a matrix of which the weight is the transpose; None where there is
-        none.
-    """
-    aval, accumulate = eqn.outvars[0].aval, accumulator(eqn.outvars[0].aval.dtype)
-    cost, parts, adders, wide = Cost(), [], [], False
-    plain = None
-    if not isinstance(x, Weight):
-        plain = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
-    for term in terms:
-        if isinstance(term, LowRank):
-            _refuse_differentiated(context, term)
-            data = x if plain is None else plain
-            if plain is not None and term.key is not None:
-                data = dropped(term, plain)
-            sharding = split(parts[0]) if parts else None
-            served = low_rank(term, data, cost, sharding)
-            wide |= callable(served)
-            (adders if callable(served) else parts).append(served)
-            continue
-        if isinstance(term, Rows) and rows is not None and plain is not None:
-            with contextlib.suppress(MixedAxesError):
-                adders.append(rows(term, plain, cost))
-                continue
-        if isinstance(term, Quantized) and quantized is not None and plain is not None:
-            with contextlib.suppress(MixedAxesError):
-                parts.append(quantized(term, plain))
-                continue
-        if isinstance(term, Dense) and term.turned is not None and turned is not None:
-            parts.append(turned(lax.convert_element_type(term.turned, weight.dtype)))
-            continue
-        if not term.whole:
-            context.added_up(eqn.primitive.name, weight, [term])
-        parts.append(dense(term.dense(weight.shape, weight.dtype)))
-    read(cost)
-    if len(parts) == 1 and parts[0].dtype == aval.dtype and scale is None and not adders:
-        return parts[0]
-    out = add([lax.convert_element_type(p, accumulate) for p in parts])
-    for adder in adders:
-        out = adder(out)
-    if scale is not None:
-        out *= placed_as(lax.convert_element_type(scale, accumulate), out)
-    out = lax.convert_element_type(out, aval.dtype)
-    return logits_product.kept(out) if wide else out
-
-
-def _refuse_differentiated(context: Any, term: Term) -> None:
-    """Refuses dropout in a differentiated program: its passes would draw different masks."""
-    if not isinstance(term, LowRank) or term.key is None:
-        return
-    if "transpose(" in context.full_scope or "jvp(" in context.full_scope:
-        raise ValueError(
-            f"adapt: dropout is on, and {term.group!r} is read in a function that was "
-            "differentiated before it was adapted, where each pass would draw masks of its own. "
-            "Differentiate the adapted function instead, as in "
-            "tied_lora.value_and_grad, or turn dropout off with adapted.eval()"
-        )
-
-
-def dropped(term: LowRank, x: Array) -> Array:
-    """Returns data with dropout, on its way to a delta (``peft.tuners.lora.layer.Linear``)."""
-    keep = 1.0 - term.dropout
-    assert term.key is not None
-    key = term.key
-    for name in sorted(varying(x)):
-        key = jax.random.fold_in(key, lax.axis_index(name))  # other data, another mask
-    mask = jax.random.bernoulli(key, keep, x.shape)
-    return lax.select(mask, x / jnp.array(keep, x.dtype), jnp.zeros_like(x))
+from flax_tied_lora._interpreter.rules.serving import (
+    Part,
+    Products,
+    dropped,
+    refuse_differentiated,
+    serve,
+    without_dropout,
+)
+from flax_tied_lora._tree.sharding import explicit
 
 
 @rule("dot_general")
 def dot_general(context, eqn, lhs, rhs):
-    (contracting, batching) = eqn.params["dimension_numbers"]
-    first = isinstance(lhs, Weight)
-    weight, x, var = (lhs, rhs, eqn.invars[1]) if first else (rhs, lhs, eqn.invars[0])
-    own, other = (0, 1) if first else (1, 0)
-    summed, batch = contracting[own], batching[own]
-    names = _names(x, contracting[other], batching[other], summed, batch)
-    free = [i for i in range(len(weight.shape)) if i not in (*summed, *batch)]
-    rest = [n for n in names if isinstance(n, str)]
-    order = (*batch, *free, *rest) if first else (*batch, *rest, *free)
+    operand = 0 if isinstance(lhs, Weight) else 1
+    weight, x = (rhs, lhs) if operand else (lhs, rhs)
+    contracting, batch = (pair[operand] for pair in eqn.params["dimension_numbers"])
+    free = [i for i in range(len(weight.shape)) if i not in (*contracting, *batch)]
+    product = _described(eqn, operand, free)
 
-    role = LOOKUP if context.picks_rows(weight, summed, var, contracting[other]) else PROJECTION
     scale = weight.scale
-    scaled = set() if scale is None else set(scale.axes)
-    if not (scaled <= {*summed, *batch} or scaled <= {*free, *batch}):
-        raise MixedAxesError
-    terms, read = context.read(
-        eqn.primitive.name, weight, role, rows=summed, cols=free, batch=batch
-    )
-    params = {k: eqn.params[k] for k in ("precision", "out_sharding")}
-    accumulate = accumulator(eqn.outvars[0].aval.dtype)
-    if not isinstance(params["precision"], (type(None), tuple, lax.Precision)):
-        accumulate = eqn.outvars[0].aval.dtype  # a named algorithm says itself what it adds up in
-
-    before = bool(scaled & set(summed))
-    if scale is not None and before:
-        x = _scaled(x, names, scale, operation_dtype(x.dtype, weight.dtype))
-
-    def dense(array: Array, numbers: Any = eqn.params["dimension_numbers"]) -> Array:
-        if isinstance(x, Weight):
-            operands = [array, x] if first else [x, array]
-            return context.apply(eqn, operands)[0]
-        pair = (array, x) if first else (x, array)
-        alone = len(terms) == 1 and (scale is None or before)
-        kind = eqn.params["preferred_element_type"] if alone else accumulate
-        return lax.dot_general(*pair, numbers, **params, preferred_element_type=kind)
-
-    def turned(matrix: Array) -> Array:
-        # As it is stored: XLA for the CPU copies the transpose of a table that a vector is
-        # multiplied with, and before a loop all of it.
-        axes = tuple(1 - i for i in summed)
-        pair = (axes, contracting[1]) if first else (contracting[0], axes)
-        return dense(matrix, (pair, ((), ())))
-
-    def low_rank(term: LowRank, data: Any, cost: Cost, sharding: Any) -> Any:
-        options = {"accumulate": accumulate, "precision": params["precision"]}
-        shape = eqn.outvars[0].aval.shape
-        if isinstance(data, Weight):
-            return between(term, data, names, order, shape, cost, **options)
-        options |= {"cost": cost}
-        hidden, far = halfway(term, data, names, order, **options)
-        rows = math.prod(weight.shape[i] for i in summed)
-        if len(terms) > 1 and logits_product.fits(hidden, far, order, rows):
-            cost.flops += 2 * math.prod(shape) * far.size(RANK)
-            form = logits_product.Form(hidden.axes, far.axes, tuple(order), params["precision"])
-            return lambda base: logits_product.added(form, base, hidden.array, far.array)
-        return last(hidden, far, order, **options, out_sharding=sharding).spread(order, shape)
-
-    def rows(term: Rows, data: Array, cost: Cost) -> Any:
-        return replaced_rows.product(
-            term, data, names, order, eqn.outvars[0].aval.shape, cost,
-            accumulate=accumulate, precision=params["precision"],
-        )  # fmt: skip
-
-    def quantized(term: Quantized, data: Array) -> Array:
-        return _quantized_product.product(
-            term, data, names, order, dtype=weight.dtype, accumulate=accumulate,
-            precision=params["precision"], out_sharding=explicit(eqn.outvars[0].aval),
-        )  # fmt: skip
-
-    if role == LOOKUP and context.is_table(weight):
+    scaled = set() if scale is None else {*scale.axes}
+    if not (scaled <= {*contracting, *batch} or scaled <= {*free, *batch}):
+        raise NotServedError
+    other = 1 - operand
+    paired = eqn.params["dimension_numbers"][0][other]
+    lookup = context.picks_rows(weight, contracting, eqn.invars[other], paired)
+    terms = context.read(
+        eqn.primitive.name, weight, LOOKUP if lookup else PROJECTION,
+        rows=contracting, cols=free, batch=batch,
+    )  # fmt: skip
+    if scale is not None and scaled & {*contracting}:
+        x = _scaled(x, product.data, scale, operation_dtype(x.dtype, weight.dtype))
+        scale = None
+    if lookup and context.is_table(weight):
         for term in terms:
             # The transpose of a projection reads as a lookup: rows are summed over.
-            _refuse_differentiated(context, term)
+            refuse_differentiated(context, term)
         terms = tuple(without_dropout(t) for t in terms)
-    if (scale is None or before) and not isinstance(x, Weight):
-        height = math.prod(weight.shape[i] for i in summed)
-        served = _together(
-            context, eqn, weight, x, first, names, order, terms, height, accumulate, read
-        )
-        if served is not None:
-            return [served]
-    after = None if scale is None or before else scale.spread(order, eqn.outvars[0].aval.shape)
-    as_stored = turned if len(summed) == 1 and not batch and not isinstance(x, Weight) else None
-    return [
-        serve(
-            context, eqn, weight, x, terms, dense, low_rank, read, after, rows, quantized, as_stored
-        )
-    ]
+    rows = math.prod(weight.shape[i] for i in contracting)
+    last = len(terms) == 1 and scale is None
+    products = _Products(context, eqn, weight, x, operand, product, rows, len(terms) == 1, last)
+    if scale is None:
+        served = products.together(terms)
+        return [serve(context, eqn, weight, x, terms, products) if served is None else served]
+    after = scale.spread(product.order, eqn.outvars[0].aval.shape)
+    return [serve(context, eqn, weight, x, terms, products, after)]
 
 
-def _together(
-    context: Any, eqn: Any, weight: Weight, x: Array, first: bool, names: Sequence[Axis],
-    order: Sequence[Axis], terms: Sequence[Term], rows: int, accumulate: Any, read: Any,
-) -> Array | None:  # fmt: skip
-    """Returns the product with an array and one delta, or None where there is something else."""
-    if len(terms) != 2 or not isinstance(terms[0], Dense) or not isinstance(terms[1], LowRank):
-        return None
-    if terms[0].turned is not None:
-        return None  # its own product is not that of the equation
-    term, near, far = terms[1], terms[1].a, terms[1].b
-    if not times_chain(Factor(x, tuple(names)), near, far, order):
-        near, far = far, near
-    form = kernel_product.Form(
-        tuple(names), near.axes, far.axes, tuple(order), accumulate, eqn.params["precision"]
-    )
-    if logits_product.is_wide(far, rows) or not form.fits():
-        return None
-    array = terms[0].dense(weight.shape, weight.dtype)
-    if any(split(a) is not None for a in (x, array, near.array, far.array)):
-        return None
-    _refuse_differentiated(context, term)
-    data = lax.convert_element_type(x, operation_dtype(x.dtype, weight.dtype))
-    data = dropped(term, data) if term.key is not None else data
-    cost = Cost()
-    form.cost(cost, data, near.array, far.array)
-    read(cost)
-    kept = ("dimension_numbers", "out_sharding", "precision")
-    return kernel_product.served(
-        form, tuple((k, eqn.params[k]) for k in kept), eqn.outvars[0].aval.dtype,
-        (array, x) if first else (x, array), data, near.array, far.array, term.scaling,
-    )  # fmt: skip
+@dataclasses.dataclass
+class _Products(Products):
+    """The products of an equation ``dot_general``.
 
-
-def without_dropout(term: Term) -> Term:
-    if isinstance(term, LowRank):
-        return LowRank(term.a, term.b, term.scaling, None, term.group, term.sites)
-    return term
-
-
-def _names(x: Any, contracted: Sequence[int], batched: Sequence[int], summed: Any, batch: Any):
-    """Returns labels for data's axes: the weight axis that each is paired with, or its own."""
-    paired = dict(zip((*contracted, *batched), (*summed, *batch), strict=True))
-    return tuple(paired.get(i, f"x{i}") for i in range(len(x.shape)))
-
-
-def _scaled(x: Any, names: Sequence[Axis], scale: Factor, dtype: Any) -> Any:
-    if isinstance(x, Weight):
-        return x.with_scale(scale.relabel(names.index))
-    return Factor(x, tuple(names)).astype(dtype).times(scale).array
-
-
-def halfway(
-    term: LowRank, data: Array, names: Sequence[Axis], order: Sequence[Axis], *,
-    accumulate: Any, precision: Any, cost: Cost,
-) -> tuple[Factor, Factor]:  # fmt: skip
-    """Returns the scaled product of data with one factor of a delta, and the other factor.
-
-    Args:
-      names: a label for each axis of the data: the weight axis that it is paired with, or its own.
-      order: the labels of the axes of the whole product, whose cheaper order it is.
-      accumulate, precision, cost: as `contract` has them.
+    Attributes:
+      context, eqn, weight: as a rule has them.
+      x: the other operand: data, or another weight; scaled, where the scale is over what is summed.
+      operand: which operand the weight is.
+      product: the description of the product.
+      height: how many rows of the weight are summed over.
+      alone: whether there is one term.
+      last: whether its product is the result.
     """
-    dtype = data.dtype
-    # An axis that neither factor has is one along which the delta is constant.
-    own = {*term.a.axes, *term.b.axes, *order}
-    lone = tuple(i for i, n in enumerate(names) if n not in own)
-    if lone:
-        total = jnp.sum(lax.convert_element_type(data, accumulate), axis=lone)
-        data = lax.convert_element_type(total, dtype)
-    x = Factor(data, tuple(n for n in names if n in own))
-    near, far = (term.a, term.b) if times_chain(x, term.a, term.b, order) else (term.b, term.a)
-    hidden, far = _first(
-        x, near, far, term.scaling, tuple(order),
-        accumulate=accumulate, precision=precision, out_sharding=None,
+
+    context: Any
+    eqn: Any
+    weight: Weight
+    x: Any
+    operand: int
+    product: Product
+    height: int
+    alone: bool
+    last: bool
+
+    def dense(self, factor: Factor) -> Array:
+        if isinstance(self.x, Weight):
+            array = factor.ordered(range(len(self.weight.shape))).array
+            return self.context.apply(self.eqn, self._pair(array))[0]
+        array, options = self._as_stored(factor)
+        kind = self.product.accumulate
+        if self.last:
+            kind = self.eqn.params["preferred_element_type"]
+        return lax.dot_general(*self._pair(array), **options, preferred_element_type=kind)
+
+    def low_rank(self, term: LowRank, data: Any, sharding: Any) -> Part:
+        shape = self.eqn.outvars[0].aval.shape
+        if isinstance(data, Weight):
+            return delta_product.of_weight(self.product, data, term, shape)
+        return delta_product.of_data(
+            self.product, data, term, shape,
+            rows=self.height, alone=self.alone, out_sharding=sharding,
+        )  # fmt: skip
+
+    def rows(self, term: Rows, data: Array) -> Part:
+        return replaced_rows.product(term, data, self.product, self.eqn.outvars[0].aval.shape)
+
+    def quantized(self, term: Quantized, data: Array) -> Part:
+        return quantized_product.product(
+            term, data, self.product, self.weight.dtype, explicit(self.eqn.outvars[0].aval)
+        )
+
+    def together(self, terms: Sequence[Term]) -> Array | None:
+        """Returns the product with an array and a delta in one function, if it is one of these."""
+        if isinstance(self.x, Weight):
+            return None
+        pair = delta_product.beside_one_array(self.product, self.x, terms, self.height)
+        if pair is None:
+            return None
+        dense, term = pair
+        refuse_differentiated(self.context, term)
+        data = lax.convert_element_type(self.x, operation_dtype(self.x.dtype, self.weight.dtype))
+        first, second = delta_product.factors_of(
+            self.product, Factor(self.x, self.product.data), term
+        )
+        data = dropped(term, data) if term.key is not None else data
+        array, options = self._as_stored(dense.factor.astype(self.weight.dtype))
+        return kernel_product.served(
+            self.product, tuple(options.items()), self.eqn.outvars[0].aval.dtype,
+            self._pair(array), data, first, second, term.scaling,
+        )  # fmt: skip
+
+    def _pair(self, array: Array) -> list[Any]:
+        """Returns the operands with an array in the place of the weight."""
+        return [self.x, array] if self.operand else [array, self.x]
+
+    def _as_stored(self, factor: Factor) -> tuple[Array, dict[str, Any]]:
+        """Returns a weight's array as it is stored, and the parameters of the product with it.
+
+        Where free axes would change places in the result, they are put in order.
+        """
+        numbers = self.eqn.params["dimension_numbers"]
+        used = {i for pair in numbers for i in pair[self.operand]}
+        free = [a for a in factor.axes if a not in used]
+        if free != sorted(free):
+            factor = factor.ordered(range(len(factor.axes)))
+        stored = [list(pair) for pair in numbers]
+        for pair in stored:
+            pair[self.operand] = tuple(factor.axes.index(i) for i in pair[self.operand])
+        options = {name: self.eqn.params[name] for name in ("out_sharding", "precision")}
+        return factor.array, {"dimension_numbers": tuple(map(tuple, stored)), **options}
+
+
+def _described(eqn: Any, operand: int, free: Sequence[int]) -> Product:
+    """Returns the description of an equation, the weight being one of its operands."""
+    contracting, batch = eqn.params["dimension_numbers"]
+    other = 1 - operand
+    paired = dict(
+        zip((*contracting[other], *batch[other]), (*contracting[operand], *batch[operand]),
+            strict=True)
     )  # fmt: skip
-    cost.add_product(hidden, x, near, accumulate)
-    return hidden, far
+    data = tuple(paired.get(i, f"x{i}") for i in range(eqn.invars[other].aval.ndim))
+    rest = [a for a in data if isinstance(a, str)]
+    kept = [*rest, *free] if operand else [*free, *rest]
+    dtype, precision = eqn.outvars[0].aval.dtype, eqn.params["precision"]
+    # A named algorithm says itself what it adds up in.
+    named = not isinstance(precision, (type(None), tuple, lax.Precision))
+    accumulate = dtype if named else accumulator(dtype)
+    return Product(data, (*batch[operand], *kept), accumulate, precision)
 
 
-def last(
-    hidden: Factor, far: Factor, order: Sequence[Axis], *,
-    accumulate: Any, precision: Any, cost: Cost, out_sharding: Any,
-) -> Factor:  # fmt: skip
-    """Returns the product of what `halfway` returns, in an order that needs no transposition."""
-    out = _second(
-        hidden, far, tuple(order),
-        accumulate=accumulate, precision=precision, out_sharding=out_sharding,
-    )  # fmt: skip
-    cost.add_product(out, hidden, far, accumulate)
-    return out
-
-
-# What `_together` does not serve, as layers over a quantised base: the two products are traced and
-# linearised once for all of them, as its one function is. Inlined, so the program is as without.
-_shared = functools.partial(
-    jax.jit, static_argnames=("order", "accumulate", "precision", "out_sharding"), inline=True
-)
-
-
-@_shared
-def _first(
-    x: Factor, near: Factor, far: Factor, scaling: Array, order: tuple[Axis, ...], *,
-    accumulate: Any, precision: Any, out_sharding: None,
-) -> tuple[Factor, Factor]:  # fmt: skip
-    dtype = x.array.dtype
-    near, far = near.astype(dtype), far.astype(dtype)
-    hidden = contract(
-        x, near, (*order, *far.axes),
-        accumulate=accumulate, precision=precision, out_sharding=out_sharding,
-    )  # fmt: skip
-    scaled = hidden.array * lax.convert_element_type(scaling, accumulate)
-    return Factor(lax.convert_element_type(scaled, dtype), hidden.axes), far
-
-
-_second = _shared(kernel_product.second)
-
-
-def between(
-    term: LowRank, weight: Weight, names: Sequence[Axis], order: Sequence[Axis],
-    shape: tuple[int, ...], cost: Cost, *, accumulate: Any, precision: Any,
-) -> Array:  # fmt: skip
-    """Returns the product of another weight with a delta: the nearer factor meets it first."""
-    options = {"accumulate": accumulate, "precision": precision, "cost": cost}
-    near, far = (term.a, term.b) if set(names) & set(term.a.axes) else (term.b, term.a)
-    summed = {n for n in names if n not in order}
-    parts = []
-    for part in weight.folded().terms:
-        if isinstance(part, LowRank):
-            varying = {names[n] for f in (part.a, part.b) for n in f.axes if n != RANK}
-        else:
-            varying = set(names)
-        if not summed <= varying & {*near.axes, *far.axes}:
-            raise MixedAxesError  # summed over an axis along which one of the two is constant
-        if isinstance(part, LowRank):
-            inner = [
-                Factor(f.array, tuple("rank of x" if n == RANK else names[n] for n in f.axes))
-                for f in (part.a, part.b)
-            ]
-            hit = 0 if set(inner[0].axes) & set(near.axes) else 1
-            factors, scaling = [inner[hit], near, inner[1 - hit], far], part.scaling * term.scaling
-        else:
-            array = part.dense(weight.shape, weight.dtype)
-            factors, scaling = [Factor(array, tuple(names)), near, far], term.scaling
-        product, *others = (f.astype(accumulate) for f in factors)
-        for i, factor in enumerate(others, 1):
-            later = {n for f in others[i:] for n in f.axes}
-            product = contract(product, factor, {*order, *later}, **options)
-        scaling = lax.convert_element_type(scaling, accumulate)
-        parts.append(Factor(product.array * scaling, product.axes).spread(order, shape))
-    return add(parts)
+def _scaled(x: Any, labels: tuple[Axis, ...], scale: Factor, dtype: Any) -> Any:
+    """Returns data with the scale of the axes that it is paired with."""
+    if isinstance(x, Weight):
+        return x.with_scale(scale.relabel(labels.index))
+    return Factor(x, labels).astype(dtype).times(scale).array

@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._algebra.factor import Factor, accumulator
+from flax_tied_lora._algebra.factor import Factor, NotServedError, accumulator
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
 
@@ -21,16 +21,16 @@ def neg(context, eqn, weight):
 def mul(context, eqn, lhs, rhs):
     """By a scalar, or by what varies along some of the axes only: part of the weight's scale."""
     if isinstance(lhs, Weight) and isinstance(rhs, Weight):
-        return NotImplemented
+        raise NotServedError
     weight, other, var = (
         (lhs, rhs, eqn.invars[1]) if isinstance(lhs, Weight) else (rhs, lhs, eqn.invars[0])
     )
     if eqn.primitive.name == "div" and weight is rhs:
-        return NotImplemented
+        raise NotServedError
     varying = context.varying_axes(var)
     # A weight of one entry may meet an operand of any shape.
     if len(varying) == len(weight.shape) or weight.shape != eqn.outvars[0].aval.shape:
-        return NotImplemented
+        raise NotServedError
     # The operand is constant along the other axes: one entry of each is all of it.
     other = jnp.asarray(other)
     limits = [n if i in varying else 1 for i, n in enumerate(other.shape)]

@@ -1,1 +1,1 @@
-"""PEFT's adapter folders: written, and read back."""
+"""Directories with a LoRA adapter, as PEFT writes them: written, and read."""

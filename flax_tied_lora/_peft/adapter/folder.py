@@ -1,39 +1,40 @@
 """A directory with a LoRA adapter as PEFT 0.21.2 writes it: ``adapter_config.json`` and tensors.
 
-The config here is the JSON object that is in the file, and the tensors have PyTorch's names and
-layouts; what they mean is for `flax_tied_lora.peft`. A pickle is never opened.
+The config is the JSON object as it is in the file, and the tensors have the file's names and
+layouts: what they mean is known elsewhere. A pickle is never opened.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flax_tied_lora._peft.files.errors import AdapterFileError, listed, operating_system, shown
-from flax_tied_lora._peft.files.replacement import INCOMPLETE, REPLACED
+from flax_tied_lora._peft.files.replacement import settle
+from flax_tied_lora._peft.files.safetensors_read import Tensors, open_safetensors
+from flax_tied_lora._peft.files.safetensors_write import write_safetensors
 from flax_tied_lora._peft.files.strict_json import parse_object, read_object
-from flax_tied_lora._peft.files.tensors_in import Tensors, open_safetensors
-from flax_tied_lora._peft.files.tensors_out import write_safetensors
-
-__all__ = ["AdapterFileError", "AdapterFiles", "Tensors", "read_adapter", "write_adapter"]
 
 CONFIG = "adapter_config.json"
 STEM = "adapter_model"
 PICKLE = "adapter_model.bin"
 # A config that lists every token and every layer of a large model has a few million bytes.
 MAX_CONFIG = 10_000_000
-_TRIES = 3
+# How often a reader begins again where files are replaced while it reads, and how long it waits.
+_TRIES = 20
+_WAIT = 0.01
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdapterFiles:
-    """An adapter as it stands in its files; a ``with`` closes them.
+    """An adapter as it is in its files; leaving a ``with`` closes them.
 
     Attributes:
-      directory: where it was read.
+      directory: where the files are.
       config: what ``adapter_config.json`` holds; its ``peft_type`` is ``"LORA"``.
       tensors: the tensors under the names that they have in the files.
     """
@@ -50,7 +51,7 @@ class AdapterFiles:
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
-    """Returns a directory's adapter, the config read and checked, the tensors not read yet.
+    """Returns a directory's adapter: the config read and checked, the tensors not read yet.
 
     Args:
       directory: what PEFT's ``save_pretrained`` or `write_adapter` wrote: a config, and one
@@ -63,19 +64,22 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterFiles:
     directory = Path(directory)
     _check_directory(directory)
     config = directory / CONFIG
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
+        busy = settle(directory)
         before = _identity(config)
         try:
-            found = _read(directory)
+            files = _read(directory)
         except AdapterFileError:
-            if _identity(config) == before:
+            last = attempt == _TRIES - 1
+            if _identity(config) == before and (last or not busy):
                 raise
+            time.sleep(attempt * _WAIT)
             continue
-        # A save takes the config away first and puts the new one last: if it is still the same
-        # one, the tensors belong to it.
+        # A save puts a new config in place together with the tensors, or after them: if it is still
+        # the same one, the tensors belong to it.
         if _identity(config) == before:
-            return found
-        found.tensors.close()
+            return files
+        files.tensors.close()
     raise AdapterFileError(
         f"{config}: found the file replaced while it was read, {_TRIES} times; expected it to "
         "stay; read it again when nothing saves to this directory"
@@ -94,22 +98,21 @@ def write_adapter(
 ) -> None:
     """Writes a directory that PEFT's ``from_pretrained`` reads: config, tensors, and a README.
 
-    All or nothing is written, as `write_safetensors` says, the config last. An adapter that is
-    there goes, with its shards or its pickle; other files stay.
+    All or nothing is written, the config last; see `write_safetensors`. An adapter in the directory
+    is replaced, with its shards or its pickle; other files stay.
 
     Args:
-      directory: where to write; made if it is not there.
+      directory: where to write; made if it does not exist.
       config_json: the text of ``adapter_config.json``.
       tensors: name, shape, dtype and a function that returns the array.
       max_shard_size: bytes in a file at most, or "5GB". PEFT 0.21.2 reads no shards: leave it at
         None, one file, for PEFT.
       metadata: strings for the header of the tensors' file; default ``{"format": "pt"}``.
       readme: text of a ``README.md``, for a directory that has none.
-      overwrite: whether to replace an adapter that is there; False: it is an error.
+      overwrite: whether to replace an existing adapter; False: it is an error.
 
     Raises:
-      AdapterFileError: the config is not one that `read_adapter` would take, or as in
-        `write_safetensors`.
+      AdapterFileError: `read_adapter` would refuse the config; or as `write_safetensors`.
       Exception: what a tensor's function raises, as it is.
     """
     directory = Path(directory)
@@ -157,27 +160,20 @@ def _refuse_without_config(directory: Path) -> None:
     with operating_system(directory, "read the directory"):
         names = sorted(path.name for path in directory.iterdir())
         inner = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
-    if any(
-        name.startswith(f".{CONFIG}.") and name.endswith((INCOMPLETE, REPLACED)) for name in names
-    ):
-        why = (
-            "a save into it is under way or was interrupted: save again with overwrite=True "
-            "(hidden files that end in .replaced are those of the adapter before)"
-        )
-    elif inner:
+    if inner:
         why = f"there are adapters in {listed(inner)}: pass one of these directories"
     else:
         why = "save the adapter again, or copy all of its files"
-    found = listed(names) if names else "no files"
-    raise AdapterFileError(f"{directory}: found {found}; expected {CONFIG} among them; {why}")
+    files = listed(names) if names else "no files"
+    raise AdapterFileError(f"{directory}: found {files}; expected {CONFIG} among them; {why}")
 
 
 def _check_method(config: Path, fields: Mapping[str, Any]) -> None:
     method = fields.get("peft_type")
     if method != "LORA":
-        found = "no peft_type" if "peft_type" not in fields else f"peft_type {shown(method)}"
+        what = "no peft_type" if "peft_type" not in fields else f"peft_type {shown(method)}"
         raise AdapterFileError(
-            f"{config}: found {found}; expected 'LORA', the only one of PEFT's methods that is "
+            f"{config}: found {what}; expected 'LORA', the only one of PEFT's methods that is "
             "read here; train a LoRA adapter, or merge this one with PEFT"
         )
 
@@ -202,9 +198,9 @@ def _check_weights(directory: Path) -> None:
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """Returns what changes when a file is replaced, or None if there is none."""
+    """Returns what differs after a file was replaced, or None if there is no file."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -1,1 +1,1 @@
-"""What is on disk: safetensors, strict JSON, and the replacement of a folder's files."""
+"""Files on disk: safetensors, strict JSON, and the replacement of a directory's files."""

@@ -1,4 +1,4 @@
-"""What is raised when an adapter's files cannot be read or written."""
+"""`AdapterFileError`, and how values and names from files are shown in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AdapterFileError(ValueError):
 
 @contextlib.contextmanager
 def operating_system(path: Path, doing: str) -> Iterator[None]:
-    """Turns what the operating system refuses into an `AdapterFileError` that names the path."""
+    """Turns an error of the operating system into an `AdapterFileError` that names the path."""
     try:
         yield
     except AdapterFileError:

@@ -1,35 +1,44 @@
 """New files that take the place of old ones together, in a directory that holds other files too.
 
-Everything is first written, to the disk, under hidden names. Then files change places one at a
-time, and one of them, the marker (an adapter's ``adapter_config.json``), is what a reader looks for
-first: the old marker goes first and the new one comes last. Whoever reads in between, or after a
-crash in between, finds no marker, and never one save's config with another save's weights. A
-single file that changes, beside an unchanged marker, is replaced in one step.
+Everything is first written to the disk in a staging directory, beside the directory or, where
+there is no room, within it. Then all of it is put in place by the first of these that works:
 
-An error puts everything back. A crash can leave hidden files ending in ``.incomplete`` or
-``.replaced``: they are whole, and may be deleted.
+* a single file is replaced in one step;
+* the staging directory, completed by links to the files that stay, changes places with the
+  directory: one step for every reader, and for a crash;
+* files change places one at a time, after a note of what goes where. A reader looks for one file
+  first, the marker (an adapter's ``adapter_config.json``): the old marker goes first, the new one
+  comes last. After a crash in between, the next one who reads or saves carries out the note.
+
+An error puts everything back. What a crash leaves is settled by the next save or read: whole files
+go in place, others away. One save at a time is let in.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from flax_tied_lora._peft.files.errors import AdapterFileError, operating_system
+from flax_tied_lora._peft.files.errors import AdapterFileError, operating_system, shown
+from flax_tied_lora._peft.files.exchange import exchange
+from flax_tied_lora._peft.files.lock import held, locked
+from flax_tied_lora._peft.files.strict_json import read_object
 
-INCOMPLETE, REPLACED = ".incomplete", ".replaced"
+_NOTE = ".moves.json"
+_OLD = ".replaced"
+_MAX_NOTE = 10_000_000
 
 
 class Replacement:
     """Files on their way into a directory; made by `replacement`."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._token = secrets.token_hex(6)
+    def __init__(self, directory: Path, staging: Path) -> None:
+        self.directory, self.staging = directory, staging
         self._written: list[str] = []
 
     def write(self, name: str, content: Iterable[Any]) -> None:
@@ -37,17 +46,17 @@ class Replacement:
 
         Args:
           name: its name.
-          content: its bytes, in parts; each is written before the next one is asked for.
+          content: its bytes, in chunks; each is written before the next one is asked for.
         """
-        path = self._hidden(name, INCOMPLETE)
+        path = self.staging / name
         with operating_system(path, "make the file"):
             # Without a buffer: closing a file whose buffer the disk refuses would raise again.
             file = path.open("xb", buffering=0)
         self._written.append(name)
         with file:
-            for part in content:
-                _write(path, file, part)
-                del part  # it may be all of a large array, and the next one is made now
+            for chunk in content:
+                _write(path, file, chunk)
+                del chunk  # it may be all of a large array, and the next one is made now
             with operating_system(path, "write the file"):
                 os.fsync(file.fileno())
 
@@ -55,7 +64,7 @@ class Replacement:
         """Puts what was written in place of the old files, all of it or nothing.
 
         Args:
-          old: names of files that are there now and belong to what is replaced.
+          old: names of the files that belong to what is replaced.
           marker: name of the file without which nothing reads the others.
         """
         with operating_system(self.directory, "replace the files in it"):
@@ -66,71 +75,198 @@ class Replacement:
                 if len(rest) == 1 and set(gone) <= {marker, *rest}:
                     new, gone = rest, rest
             if len(new) == 1 and set(gone) <= set(new):
-                os.replace(self._hidden(new[0], INCOMPLETE), self.directory / new[0])
+                os.replace(self.staging / new[0], self.directory / new[0])
                 _sync(self.directory)
-            else:
-                self._exchange(new, gone, marker)
-        self.discard()
+            elif not self._exchanged(gone):
+                self._one_by_one(new, gone, marker)
 
-    def discard(self) -> None:
-        """Removes what was written and not put in place."""
-        for name in self._written:
-            with contextlib.suppress(OSError):
-                self._hidden(name, INCOMPLETE).unlink(missing_ok=True)
-
-    def _exchange(self, new: list[str], old: list[str], marker: str) -> None:
-        gone: list[str] = []
-        come: list[str] = []
+    def _exchanged(self, old: list[str]) -> bool:
+        """Puts the staging directory in the directory's place, and returns whether it could."""
+        if self.staging.parent != self.directory.parent:
+            return False
+        kept = [e for e in os.scandir(self.directory) if e.name not in (*old, *self._written)]
+        if any(entry.is_dir(follow_symlinks=False) for entry in kept):
+            return False  # there are no links to directories
+        linked: list[Path] = []
         try:
+            for entry in kept:
+                path = self.staging / entry.name
+                linked.append(path)
+                os.link(entry.path, path, follow_symlinks=False)
+            shutil.copymode(self.directory, self.staging)
+            _sync(self.staging)
+            done = exchange(self.staging, self.directory)
+        except (OSError, NotImplementedError):
+            done = False  # a file system without links, say
+        if not done:
+            for path in linked:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+            return False
+        with contextlib.suppress(OSError):
+            _sync(self.directory.parent)
+            self._save_what_came_meanwhile({*old, *(entry.name for entry in kept)})
+        return True
+
+    def _save_what_came_meanwhile(self, known: set[str]) -> None:
+        """Moves files of other programs, written while the directories changed places, after."""
+        for entry in list(os.scandir(self.staging)):
+            if entry.name not in known and not (self.directory / entry.name).exists():
+                os.replace(entry.path, self.directory / entry.name)
+
+    def _one_by_one(self, new: list[str], old: list[str], marker: str) -> None:
+        """Moves the old files away and the new ones in; an error moves all of them back."""
+        away = self.staging / _OLD
+        away.mkdir()
+        removed: list[str] = []
+        placed: list[str] = []
+        try:
+            _note(self.staging, {"new": new, "old": old})
             for name in sorted(old, key=lambda n: n != marker):
-                gone.append(name)
-                os.replace(self.directory / name, self._hidden(name, REPLACED))
+                removed.append(name)
+                os.replace(self.directory / name, away / name)
                 if name == marker:
                     _sync(self.directory)
             for name in sorted(new, key=lambda n: n == marker):
                 if name == marker:
                     _sync(self.directory)
-                come.append(name)
-                os.replace(self._hidden(name, INCOMPLETE), self.directory / name)
+                placed.append(name)
+                os.replace(self.staging / name, self.directory / name)
             _sync(self.directory)
         except BaseException:
             # An interrupt may come before or after the step that the list already names.
-            for name in reversed(come):
-                if not os.path.lexists(self._hidden(name, INCOMPLETE)):
-                    os.replace(self.directory / name, self._hidden(name, INCOMPLETE))
-            for name in reversed(gone):
-                if os.path.lexists(self._hidden(name, REPLACED)):
-                    os.replace(self._hidden(name, REPLACED), self.directory / name)
+            for name in reversed(placed):
+                if not os.path.lexists(self.staging / name):
+                    os.replace(self.directory / name, self.staging / name)
+            for name in reversed(removed):
+                if os.path.lexists(away / name):
+                    os.replace(away / name, self.directory / name)
+            (self.staging / _NOTE).unlink(missing_ok=True)
             raise
-        for name in gone:
-            with contextlib.suppress(OSError):
-                self._hidden(name, REPLACED).unlink()
 
     def _same(self, name: str) -> bool:
-        old, new = self.directory / name, self._hidden(name, INCOMPLETE)
+        old, new = self.directory / name, self.staging / name
         return old.stat().st_size == new.stat().st_size and old.read_bytes() == new.read_bytes()
-
-    def _hidden(self, name: str, ending: str) -> Path:
-        return self.directory / f".{name}.{self._token}{ending}"
 
 
 @contextlib.contextmanager
 def replacement(directory: Path) -> Iterator[Replacement]:
-    """Gives a `Replacement` for a directory, which is made if need be; no commit, no change."""
+    """Yields a `Replacement` for a directory, made if need be; without `commit` nothing changes.
+
+    Raises:
+      AdapterFileError: another save into the directory is running, or the system refuses.
+    """
     made = _make(directory)
-    files = Replacement(directory)
+    directory = directory.resolve()
     try:
-        yield files
+        place = _place(directory)
+        with _locked(place, directory):
+            for staging in _stagings(directory):
+                _settle(directory, staging)
+            staging = place / _hidden(directory, "saving")
+            with operating_system(staging, "make the directory"):
+                staging.mkdir()
+            try:
+                yield Replacement(directory, staging)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     except BaseException:
-        files.discard()
         for path in reversed(made):
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
 
 
-def _write(path: Path, file: IO[bytes], part: Any) -> None:
-    rest = memoryview(part)
+def settle(directory: Path) -> bool:
+    """Carries out, before a directory is read, what a save that was cut off had begun.
+
+    Returns whether a save is under way, which may replace the files at any time. Who may not write
+    there changes nothing.
+    """
+    directory = directory.resolve()
+    left = [staging for staging in _stagings(directory) if staging.exists()]
+    for staging in left:
+        lock = staging.parent / _hidden(directory, "lock")
+        if held(lock):
+            return True
+        with contextlib.suppress(OSError, AdapterFileError), locked(lock, directory):
+            _settle(directory, staging)
+    return False
+
+
+def _settle(directory: Path, staging: Path) -> None:
+    """Rolls a save that was cut off forward where it is noted what goes where; else drops it."""
+    if not staging.exists():
+        return
+    with operating_system(staging, "settle a save that was cut off"):
+        note = staging / _NOTE
+        if note.exists():
+            new, old = _noted(note)
+            for name in new:
+                if os.path.lexists(staging / name):
+                    os.replace(staging / name, directory / name)
+            for name in old:
+                if name not in new:
+                    (directory / name).unlink(missing_ok=True)
+            _sync(directory)
+            note.unlink()
+        shutil.rmtree(staging)
+
+
+def _note(staging: Path, moves: dict[str, list[str]]) -> None:
+    """Writes what goes where, whole or not at all: from here on a crash is rolled forward."""
+    draft = staging / f"{_NOTE}.draft"
+    with draft.open("w") as file:
+        json.dump(moves, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, staging / _NOTE)
+    _sync(staging)
+
+
+def _noted(note: Path) -> tuple[list[str], list[str]]:
+    """Returns the names of the new files and of the old ones; a stranger may have written them."""
+    moves = read_object(note, _MAX_NOTE)
+    for names in (moves.get("new"), moves.get("old")):
+        plain = isinstance(names, list) and all(
+            isinstance(n, str) and n not in ("", ".", "..") and not {"/", "\\", "\0"} & {*n}
+            for n in names
+        )
+        if not plain:
+            raise AdapterFileError(
+                f"{note}: found {shown(names)}; expected the names of files that a save was to put "
+                f"in place; remove {note.parent}, and save the adapter again"
+            )
+    return moves["new"], moves["old"]
+
+
+def _place(directory: Path) -> Path:
+    """Returns where there is room for what is staged: beside the directory, or within it."""
+    parent = directory.parent
+    with operating_system(directory, "look at the directory"):
+        beside = os.access(parent, os.W_OK | os.X_OK) and not directory.is_mount()
+        return parent if beside and parent.stat().st_dev == directory.stat().st_dev else directory
+
+
+def _stagings(directory: Path) -> list[Path]:
+    return [place / _hidden(directory, "saving") for place in (directory.parent, directory)]
+
+
+def _hidden(directory: Path, what: str) -> str:
+    return f".{directory.name}.{what}"
+
+
+@contextlib.contextmanager
+def _locked(place: Path, directory: Path) -> Iterator[None]:
+    path = place / _hidden(directory, "lock")
+    with contextlib.ExitStack() as stack:
+        with operating_system(path, "make the file"):
+            stack.enter_context(locked(path, directory))
+        yield
+
+
+def _write(path: Path, file: IO[bytes], chunk: Any) -> None:
+    rest = memoryview(chunk)
     with operating_system(path, "write the file"):
         while rest:
             rest = rest[file.write(rest) :]
@@ -148,7 +284,7 @@ def _make(directory: Path) -> list[Path]:
 
 
 def _sync(directory: Path) -> None:
-    """Has the directory's entries written to the disk, where the system lets a program ask."""
+    """Flushes the directory's entries to the disk, where the system lets a program ask for it."""
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)
         try:

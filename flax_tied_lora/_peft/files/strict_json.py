@@ -1,7 +1,7 @@
-"""JSON objects from files that may hold anything.
+"""JSON objects read from files that may hold anything.
 
-Python's own reader takes more than JSON and keeps less: NaN and Infinity pass, of two equal keys
-the last one wins, and deep nesting ends in RecursionError, there or in whoever walks the result.
+Python's reader accepts more than JSON: NaN and Infinity pass, the last of two equal keys wins, and
+deep nesting ends in RecursionError, in the reader or in whoever walks the result.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
 
 
 def read_bounded(path: Path, most_bytes: int) -> bytes:
-    """Returns the bytes of a regular file that has at most so many."""
+    """Returns the bytes of a regular file; see `read_object` for what is refused."""
     with operating_system(path, "read the file"):
         # Opening a pipe would wait for its other end.
         if not stat.S_ISREG(path.stat().st_mode):
@@ -41,7 +41,7 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
                 "one; save the adapter again"
             )
         with path.open("rb") as file:
-            # As much is set aside as is asked for.
+            # Python allocates as much as is asked for.
             data = file.read(min(os.fstat(file.fileno()).st_size, most_bytes) + 1)
     if len(data) > most_bytes:
         raise AdapterFileError(
@@ -75,11 +75,11 @@ def parse_object(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {shown(twice)} stands twice in one object")
-    return found
+    return fields
 
 
 def _no_constant(text: str) -> float:
@@ -94,7 +94,7 @@ def _finite(text: str) -> float:
 
 
 def _check(value: dict[str, Any], path: Path) -> None:
-    """Refuses nesting and text that would break whoever walks or prints the value."""
+    """Refuses nesting too deep to walk and text that cannot be printed."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []

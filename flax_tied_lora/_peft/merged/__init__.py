@@ -1,1 +1,1 @@
-"""Merged models: a directory that transformers loads."""
+"""Merged models: written as a directory that transformers loads."""

@@ -1,4 +1,4 @@
-"""The ``config.json`` of a merged model: the given one, made to say what the tensors are."""
+"""The ``config.json`` of a merged model: the given config, checked against the tensors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from flax_tied_lora._peft.files.errors import shown
 
 TIED = "tie_word_embeddings"
-# What configs call the width of the input embedding; the first one that is there counts.
+# The fields in which configs have the width of the input embedding; the first present one counts.
 _WIDTHS = ("word_embed_proj_dim", "embedding_size", "hidden_size", "n_embd", "d_model")
-# T5's family scales the logits of a tied head, and of no other. Its lookups are one module always.
+# T5's family scales the logits of a tied head only. Its lookups always are one module.
 T5_LIKE = (
     "t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop",
 )  # fmt: skip
@@ -22,11 +22,11 @@ _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGenera
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """Returns a transformers config, an object or a dict, as a dict of its own.
+    """Returns a transformers config, an object or a dict, as a new dict.
 
     Raises:
       TypeError: it is neither.
-      ValueError: it is not the config of a PyTorch model whose tensors these can be.
+      ValueError: it is not the config of a PyTorch model that the tensors could be for.
     """
     if isinstance(config, Mapping):
         fields = dict(config)
@@ -60,16 +60,20 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 
 def check_sizes(fields: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> None:
-    """Refuses a config of another vocabulary or width than the table's.
+    """Checks that a config has the vocabulary size and the width of the input embedding.
 
-    PyTorch would refuse the file, or leave the table random.
+    PyTorch would refuse the file otherwise, or initialise the table at random.
+
+    Args:
+      fields: the config.
+      name, shape: of the input embedding.
     """
     width = next((n for n in _WIDTHS if fields.get(n) is not None), None)
     for field, size in (("vocab_size", shape[0]), (width, shape[1])):
-        found = fields.get(field) if field else None
-        if found is not None and found != size:
+        value = fields.get(field) if field else None
+        if value is not None and value != size:
             raise ValueError(
-                f"save_merged: the config's {field} is {found!r}, and {name} is {list(shape)}; "
+                f"save_merged: the config's {field} is {value!r}, and {name} is {list(shape)}; "
                 f"expected {field}={size}: give the config of this model"
             )
 
@@ -77,14 +81,14 @@ def check_sizes(fields: Mapping[str, Any], name: str, shape: tuple[int, ...]) ->
 def settled_tie(
     fields: Mapping[str, Any], tied: bool, table: str, heads: Iterable[str], untie: bool
 ) -> bool | None:
-    """Returns what the config is to say of the tie; None: nothing.
+    """Returns what ``tie_word_embeddings`` has to be in the written config; None to leave it out.
 
     Args:
       fields: the config as it was given.
       tied: whether the names say that an output projection shares the table.
       table: name of the table.
-      heads: output projections that are stored as tensors of their own.
-      untie: whether that was asked for.
+      heads: output projections that are separate tensors.
+      untie: whether the output projection is to be untied.
 
     Raises:
       ValueError: config and names contradict each other.
@@ -128,7 +132,7 @@ def config_text(fields: dict[str, Any], tied: bool | None, dtypes: Iterable[np.d
 
     Args:
       fields: the config as it was given.
-      tied: what it is to say of the tie; None: nothing.
+      tied: ``tie_word_embeddings``; None leaves the field as it is.
       dtypes: of the tensors.
     """
     fields = dict(fields)
@@ -138,9 +142,9 @@ def config_text(fields: dict[str, Any], tied: bool | None, dtypes: Iterable[np.d
     if floats:
         bits = max(d.itemsize for d in floats)
         widest = [str(d) for d in floats if d.itemsize == bits]
-        # Neither of float16 and bfloat16 holds the other.
+        # Neither float16 nor bfloat16 holds all values of the other.
         name = widest[0] if len(widest) == 1 else "float32"
-        # Releases before 4.56 read the second name only: it stays the one that it was.
+        # Releases before 4.56 read only the second name, so a config that has it keeps it.
         present = [key for key in ("dtype", "torch_dtype") if key in fields]
         fields |= dict.fromkeys(present or ["dtype"], name)
     names = fields.get("architectures")

@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._names.mapping import Names
-from flax_tied_lora._names.state import state_entries
+from flax_tied_lora._names.state_dict import state_entries
 from flax_tied_lora._peft.files.errors import AdapterFileError, operating_system
-from flax_tied_lora._peft.files.tensors_out import write_safetensors
+from flax_tied_lora._peft.files.safetensors_write import write_safetensors
+from flax_tied_lora._peft.input_embedding import input_embedding
 from flax_tied_lora._peft.merged.config import (
     T5_LIKE,
     check_sizes,
@@ -28,11 +30,10 @@ from flax_tied_lora._peft.merged.ties import (
     heads_beside,
     heads_of,
     lookups_beside,
-    parameters,
-    stored_once,
+    parameters_by_name,
     untied_names,
+    without_tied_copies,
 )
-from flax_tied_lora._peft.tables import table_of
 
 CONFIG = "config.json"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -44,44 +45,44 @@ def save_merged(
     names: Names,
     config: Any,
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     untie: Mapping[str, str] | None = None,
     max_shard_size: int | str | None = "5GB",
     overwrite: bool = False,
 ) -> None:
     """Writes a model, its adapters merged, as a directory that transformers' PyTorch models load.
 
-    ``config.json`` and ``model.safetensors``, or shards of it and their index. Nothing else: the
-    tokenizer and ``generation_config.json`` are copied from the base model. Every tensor is made
-    when its turn comes, so that beside the params there is memory for one, and for what adding up
-    its delta takes. Either all is written or nothing, the config last; other files stay.
+    ``config.json`` and ``model.safetensors``, or shards of it and their index, are written; the
+    tokenizer and ``generation_config.json`` are for you to copy from the base model. Each tensor is
+    made when its turn comes: beside the params, memory is needed for one tensor, and for
+    materialising its delta. Everything is written, the config last, or nothing; other files stay.
 
     A tie stays a tie: the table is stored once, and the config says ``tie_word_embeddings: true``.
 
     Args:
-      directory: where to write; made if it is not there.
+      directory: where to write; made if it does not exist.
       adapted: `Adapted`, or plain params.
-      names: the correspondence to PyTorch's names, of `flax_tied_lora.names.names_of`.
+      names: of the model, from `names.names_of`.
       config: of the PyTorch model: a transformers config, or a dict as in its ``config.json``. It
         is written as it is, but for three fields. ``tie_word_embeddings`` is filled in where it is
-        missing, and set to false with ``untie``; apart from that a config that contradicts the
-        names is an error. ``dtype`` (``torch_dtype``, if that is there) becomes what is stored,
-        the widest of several. ``architectures`` loses the "Flax" in front of its names.
+        missing, and set to false with ``untie``; otherwise a config that contradicts the names is
+        an error. ``dtype`` (``torch_dtype``, where the config has that) becomes the dtype of the
+        tensors, the widest of several. ``architectures`` loses the "Flax" in front of its names.
       dtype: float32, bfloat16, float16 or float64, for all floating-point tensors; by default each
-        keeps its leaf's. Deltas are added up in float32 or wider, and rounded once.
+        keeps its leaf's. Deltas are materialised in float32 or wider, and rounded once.
       untie: as in `flax_tied_lora.merge`, for separate adapters of one table: the output
-        projection's copy is stored under its own name. Names that tie the two are taken as if they
-        did not. Not for T5, whose PyTorch model scales the logits of a tied head only.
+        projection's copy is stored under its PyTorch name, and ties of the two in ``names`` are
+        ignored. Not for T5, whose PyTorch model scales the logits of a tied head only.
       max_shard_size: bytes of tensors in a file at most, or "5GB"; None: one file.
-      overwrite: whether to replace a model that is there; False: it is an error.
+      overwrite: whether to replace an existing model; False: it is an error.
 
     Raises:
       UnmappedError: a leaf has no PyTorch name; the error shows a line to add.
-      ValueError: params, names and config contradict each other about the tie: one of them is
-        wrong, and a guess would give a model with a random head, or without its own; or the
-        config's vocabulary or width is not the table's; or what `flax_tied_lora.merge` refuses.
-      TypeError: the config is none, the names are none, or the dtype is not of those.
-      AdapterFileError: the directory holds a model or an adapter, or the system refuses.
+      ValueError: params, names and config contradict each other about the tie (a guess would give
+        a model with a random head, or without its trained one); or the config's vocabulary or width
+        is not the table's; or as `flax_tied_lora.merge`.
+      TypeError: the config, the names or the dtype is of another kind.
+      AdapterFileError: the directory holds a model or an adapter, or the operating system refuses.
     """
     fields = plain_config(config)
     if not isinstance(names, Names):
@@ -92,27 +93,28 @@ def save_merged(
     leaves = leaves_of(adapted, _dtype(dtype), untie)
     if untie and isinstance(adapted, Adapted):
         names = untied_names(names, leaves, untie, adapted.plan)
-    leaves = stored_once(leaves, names)
-    made = parameters(leaves, names)
+    leaves = without_tied_copies(leaves, names)
+    parameters = parameters_by_name(leaves, names)
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves.items()}
     entries = state_entries(shapes, names)
 
-    table = table_of(made, names)
+    table = input_embedding(parameters, names)
     tied = fields.get("tie_word_embeddings")
     if table is not None:
-        path, weight = made[table]
+        path, weight = parameters[table]
         check_sizes(fields, table, weight.shape(leaves[path].shape))
-        heads = heads_beside(made, leaves, table)
+        heads = heads_beside(parameters, leaves, table)
         tied = settled_tie(fields, bool(heads_of(names, leaves)), table, heads, bool(untie))
     sources = {entry.name: entry for entry in entries}
     if tied is False and fields["model_type"] not in T5_LIKE:
-        # transformers 4.57 ties BART's lookups only where it ties the head: else each is a tensor.
-        for name, own in lookups_beside(made, names).items():
-            sources[name], made[name] = sources[own]._replace(name=name), made[own]
+        # transformers 4.57 ties BART's lookups only where it ties the head, too.
+        for lookup, shared in lookups_beside(parameters, names).items():
+            sources[lookup] = sources[shared]._replace(name=lookup)
+            parameters[lookup] = parameters[shared]
     text = config_text(fields, tied, {np.dtype(entry.dtype) for entry in entries})
 
     def get(name: str) -> np.ndarray:
-        path, weight = made[name]
+        path, weight = parameters[name]
         return leaves[path].torch(weight)
 
     directory = Path(directory)
@@ -130,20 +132,20 @@ def _dtype(dtype: Any) -> np.dtype | None:
     if dtype is None:
         return None
     try:
-        found = np.dtype(jax.numpy.dtype(dtype))
+        result = np.dtype(jax.numpy.dtype(dtype))
     except TypeError:
-        found = None
-    if found is None or str(found) not in _DTYPES:
+        result = None
+    if result is None or str(result) not in _DTYPES:
         raise TypeError(f"save_merged: dtype={dtype!r}; expected one of {', '.join(_DTYPES)}")
-    return found
+    return result
 
 
 def _check_no_adapter(directory: Path) -> None:
-    """Refuses a directory whose adapter transformers would put on top of what is merged."""
+    """Refuses a directory with an adapter, which transformers would apply to the merged model."""
     adapter = directory / "adapter_config.json"
     with operating_system(directory, "look into the directory"):
-        there = adapter.exists()
-    if there:
+        exists = adapter.exists()
+    if exists:
         raise AdapterFileError(
             f"{adapter}: found an adapter; expected a directory without one, since transformers "
             "would load it on top of the merged weights; give another directory"

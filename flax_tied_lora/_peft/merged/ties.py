@@ -1,4 +1,4 @@
-"""The ties of a merged model: what is stored once, and what `untie` gives a name of its own."""
+"""The ties of a merged model: which tensors are stored once, and what `untie` changes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import numpy as np
 
 from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._names.layout import TorchWeight
+from flax_tied_lora._names.line import make_line
 from flax_tied_lora._names.mapping import Names, UnmappedError
-from flax_tied_lora._names.table import make_line
+from flax_tied_lora._peft.input_embedding import ParametersByName
 from flax_tied_lora._peft.merged.leaves import Leaf
-from flax_tied_lora._peft.tables import Parameters
 from flax_tied_lora._planning.plan import Plan
 from flax_tied_lora._planning.targets import ROLES
 from flax_tied_lora._tree.paths import leaf_name
 
 
-def parameters(leaves: Mapping[str, Leaf], names: Names) -> dict[str, tuple[str, TorchWeight]]:
-    """Returns for each PyTorch name that a leaf is, or a slice of it, the leaf and the slice.
+def parameters_by_name(
+    leaves: Mapping[str, Leaf], names: Names
+) -> dict[str, tuple[str, TorchWeight]]:
+    """Returns ``{PyTorch name: (path of its leaf, where in the leaf)}`` of all leaves.
 
     Raises:
-      UnmappedError: a leaf has none.
+      UnmappedError: a leaf has no PyTorch name.
     """
     return {
         weight.name: (path, weight)
@@ -32,23 +34,23 @@ def parameters(leaves: Mapping[str, Leaf], names: Names) -> dict[str, tuple[str,
     }
 
 
-def stored_once(leaves: Mapping[str, Leaf], names: Names) -> dict[str, Leaf]:
+def without_tied_copies(leaves: Mapping[str, Leaf], names: Names) -> dict[str, Leaf]:
     """Returns the leaves without those that the names tie to another one.
 
     Raises:
       ValueError: two leaves are tied by the names, and are not equal.
     """
-    kept, made = dict(leaves), parameters(leaves, names)
+    kept, parameters = dict(leaves), parameters_by_name(leaves, names)
     for tie in names.ties:
         for name in tie.names if tie.path in leaves else ():
-            path, other = made.get(name, (tie.path, None))
+            path, other = parameters.get(name, (tie.path, None))
             if path == tie.path or path not in kept or other is None or other.part:
                 continue
-            own = names.own_weight(tie)
-            if own.shape(leaves[tie.path].shape) != other.shape(leaves[path].shape):
-                continue  # state_entries says so
-            if leaves[path].one != leaves[tie.path].one and not np.array_equal(
-                leaves[tie.path].torch(own), leaves[path].torch(other), equal_nan=True
+            weight = names.own_weight(tie)
+            if weight.shape(leaves[tie.path].shape) != other.shape(leaves[path].shape):
+                continue  # state_entries raises the error
+            if leaves[path].identity != leaves[tie.path].identity and not np.array_equal(
+                leaves[tie.path].torch(weight), leaves[path].torch(other), equal_nan=True
             ):
                 raise ValueError(
                     f"save_merged: {path!r} is not {tie.path!r}, which the names tie it to; tie "
@@ -60,32 +62,33 @@ def stored_once(leaves: Mapping[str, Leaf], names: Names) -> dict[str, Leaf]:
 
 
 def heads_of(names: Names, paths: Iterable[str]) -> dict[str, list[str]]:
-    """Returns for each of some leaves the output projections that the names tie to it."""
+    """Returns ``{path: names of the output projections that the names tie to the leaf}``."""
     paths = set(paths)
-    return {
-        tie.path: found
+    heads = {
+        tie.path: [n for n in tie.names if _is_head(names, n)]
         for tie in names.ties
-        if tie.path in paths and (found := [n for n in tie.names if _is_head(names, n)])
+        if tie.path in paths
     }
+    return {path: of_leaf for path, of_leaf in heads.items() if of_leaf}
 
 
 def _is_head(names: Names, name: str) -> bool:
     return name.endswith(".weight") and names.to_flax(name)[1].kind == "linear"
 
 
-def heads_beside(made: Parameters, leaves: Mapping[str, Leaf], table: str) -> list[str]:
-    """Returns the names of tensors that are output projections beside the table.
+def heads_beside(parameters: ParametersByName, leaves: Mapping[str, Leaf], table: str) -> list[str]:
+    """Returns the names of output projections that are tensors beside the table.
 
     Raises:
       ValueError: one of them and the table are one array in the params.
     """
-    path, own = made[table]
-    shape, heads = own.shape(leaves[path].shape), []
-    for name, (other, weight) in made.items():
-        fits = weight.kind == "linear" and weight.shape(leaves[other].shape) == shape
+    path, weight = parameters[table]
+    shape, heads = weight.shape(leaves[path].shape), []
+    for name, (other, head) in parameters.items():
+        fits = head.kind == "linear" and head.shape(leaves[other].shape) == shape
         if name == table or not fits or re.search(r"\d", name):
             continue
-        if leaves[other].one == leaves[path].one:
+        if leaves[other].identity == leaves[path].identity:
             raise ValueError(
                 f"save_merged: {other!r} and {path!r} are one array in the params, and the names "
                 "say that they are two; give names_of and the config tie_word_embeddings=True"
@@ -94,36 +97,36 @@ def heads_beside(made: Parameters, leaves: Mapping[str, Leaf], table: str) -> li
     return heads
 
 
-def lookups_beside(made: Parameters, names: Names) -> dict[str, str]:
-    """Returns the names of lookups that share a stored table, each with the table's name."""
+def lookups_beside(parameters: ParametersByName, names: Names) -> dict[str, str]:
+    """Returns ``{name of a lookup: name of the stored table that it shares}``."""
     return {
-        name: own.name
+        name: table.name
         for tie in names.ties
-        if (own := names.own_weight(tie)).name in made and own.kind == "embedding"
+        if (table := names.own_weight(tie)).name in parameters and table.kind == "embedding"
         for name in tie.names
-        if name not in made and not _is_head(names, name)
+        if name not in parameters and not _is_head(names, name)
     }
 
 
 def untied_names(
     names: Names, leaves: Mapping[str, Leaf], untie: Mapping[str, str], plan: Plan
 ) -> Names:
-    """Returns the names without the ties of output projections, each with a leaf of its own.
+    """Returns names in which output projections are not tied, and `untie`'s leaves have names.
 
     Raises:
       ValueError: a new leaf is for something else than the output projection.
       UnmappedError: a new leaf has no PyTorch name.
     """
-    before = {m.path for g in plan.groups for m in g.members}
-    heads = [name for found in heads_of(names, leaves).values() for name in found]
+    members = {m.path for g in plan.groups for m in g.members}
+    heads = [name for of_leaf in heads_of(names, leaves).values() for name in of_leaf]
     ties = (
         dataclasses.replace(tie, names=tuple(n for n in tie.names if n not in heads))
         for tie in names.ties
     )
     result = dataclasses.replace(names, ties=tuple(tie for tie in ties if tie.names))
-    for part, path in untie.items():
-        if path not in before:
-            _check_projection(part, path, plan)
+    for adapter, path in untie.items():
+        if path not in members:
+            _check_projection(adapter, path, plan)
         try:
             result.to_torch(path, leaves[path].shape)
         except UnmappedError:
@@ -135,12 +138,13 @@ def untied_names(
     return result
 
 
-def _check_projection(part: str, path: str, plan: Plan) -> None:
-    sites = [a.sites for _, a in plan.adapters() if a.name == part]
-    role = sites[0].role if sites and sites[0] is not None else ROLES.get(part)
+def _check_projection(name: str, path: str, plan: Plan) -> None:
+    """Checks that an adapter, whose merged leaf gets the path, is the output projection's."""
+    sites = [a.sites for _, a in plan.adapters() if a.name == name]
+    role = sites[0].role if sites and sites[0] is not None else ROLES.get(name)
     if role != PROJECTION:
         raise ValueError(
-            f"save_merged: untie={{{part!r}: {path!r}}} gives a copy to something else than the "
+            f"save_merged: untie={{{name!r}: {path!r}}} gives a copy to something else than the "
             "output projection, and a PyTorch model has one table for all of its lookups; name "
             'the projection: untie={"lm_head": ...}'
         )

@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 import flax_tied_lora as tied_lora
+from tests.helpers import one_kernel
 from tests.helpers.oracle import array, check, labelled, only, wrapped
 
 X = array(6, 4, seed=2)
@@ -161,3 +162,14 @@ def test_groups_that_differ_in_their_columns(columns):
 
     explained = check(model, wrapped(params, ["embed"], r=2), x, on_dense="error")
     assert [r.served for r in explained.reads] == ["low rank"]
+
+
+def test_data_of_another_dtype_in_grouped_products():
+    sizes = jnp.array([2, 1])
+    narrow = one_kernel.X.astype(jnp.bfloat16)
+
+    def use(w: jax.Array) -> jax.Array:
+        both = jnp.stack([w, 2 * w])
+        return lax.ragged_dot(narrow, both, sizes, preferred_element_type=jnp.float32)
+
+    one_kernel.check(use, on_dense="error")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
 import flax_tied_lora as tied_lora
+from tests.helpers import one_kernel
 from tests.helpers.compiling import as_shipped
 from tests.helpers.oracle import array, check, numbers, only, wrapped
 
@@ -171,3 +175,53 @@ def test_a_factors_gradient_copies_no_tokens():
     text = as_shipped(jax.jit(step).lower(*args)).as_text()
     assert "f32[24,20]" in text
     assert "f32[20,24]" not in text
+
+
+def test_an_index_out_of_bounds_where_the_delta_is_constant():
+    def use(w: jax.Array) -> jax.Array:
+        many = jnp.broadcast_to(w[None], (3, 8, 4))
+        return jnp.take(many, jnp.array([1, 5]), axis=0, mode="fill", fill_value=0)
+
+    one_kernel.check(use, on_dense="allow")
+
+
+def test_columns_cut_out_by_index_are_a_projection():
+    """A fused kernel from which each use cuts its columns."""
+
+    def model(params: Any, start: jax.Array) -> jax.Array:
+        kernel = params["dense"]["kernel"]
+        return one_kernel.X @ lax.dynamic_slice_in_dim(kernel, start, 2, axis=1)
+
+    adapted = one_kernel.wrapped()
+    sites = tied_lora.trace(model, tied_lora.base(adapted), jnp.int32(1))
+    assert [(s.role, s.rows, s.cols) for s in sites] == [("projection", (0,), (1,))]
+    found = tied_lora.explain(model, adapted, jnp.int32(1))
+    assert [(r.site.role, r.served) for r in found.reads] == [("projection", "low rank")]
+    one_kernel.check(
+        lambda w: one_kernel.X @ lax.dynamic_slice_in_dim(w, jnp.int32(1), 2, axis=1),
+        on_dense="error",
+    )
+
+
+def test_rows_picked_from_stacked_kernels_compile():
+    """XLA's CPU compiler aborts on this product's transposition if it may fold the two."""
+    config = tied_lora.LoraConfig(r=2, target_modules=["dense"])
+    kernel = jax.random.normal(jax.random.key(0), (3, 8, 4, 4))
+    params = {"dense": {"kernel": kernel}}
+
+    def product(params: Any) -> jax.Array:
+        return jnp.einsum("nr,erlc->nelc", jnp.ones((2, 8)), params["dense"]["kernel"][:, :, :, :])
+
+    def stacked(params: Any) -> jax.Array:
+        return jnp.einsum("elnr,erlc->elnc", jnp.ones((3, 4, 2, 8)), params["dense"]["kernel"])
+
+    def model(params: Any) -> jax.Array:
+        return jnp.take(params["dense"]["kernel"], jnp.array([[0, 3], [1, 2]]), axis=2)
+
+    sites = tied_lora.trace(stacked, params)
+    adapted = tied_lora.wrap(params, config, sites=sites)
+    adapted = adapted.replace(adapters=jax.tree.map(lambda x: x + 0.5, adapted.adapters))
+    for function in (model, product):
+        run = as_shipped(jax.jit(tied_lora.adapt(function, on_dense="allow")).lower(adapted))
+        found, expected = run(adapted), function(tied_lora.merge(adapted))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

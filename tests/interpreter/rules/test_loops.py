@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
 import flax_tied_lora as tied_lora
+from tests.helpers import one_kernel
 from tests.helpers.oracle import array, check, labelled, wrapped
 
 SQUARE = wrapped({"dense": {"kernel": array(4, 4, seed=1)}}, ["dense"])
@@ -225,3 +228,41 @@ def test_loops_of_two_layers_are_told_apart():
     assert [(r.site.leaf, r.groups) for r in explained.reads] == [
         ("a/kernel", ("a/kernel",)), ("b/kernel", ("b/kernel",)),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["scan", "while"])
+def test_a_loop_that_changes_its_weight_runs_once(kind):
+    seen: list[int] = []
+
+    def body(carry: Any) -> Any:
+        w, x = carry
+        jax.debug.callback(lambda: seen.append(1))
+        return w * 0.9, x + (one_kernel.X @ w)
+
+    def use(w: jax.Array) -> jax.Array:
+        start = (w, jnp.zeros((3, 4)))
+        if kind == "scan":
+            return lax.scan(lambda c, _: (body(c), None), start, None, length=3)[0][1]
+        return lax.fori_loop(0, 3, lambda _, c: body(c), start)[1]
+
+    tied_lora.adapt(lambda p: use(p["dense"]["kernel"]), on_dense="allow")(one_kernel.wrapped())
+    jax.effects_barrier()
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("through", [jax.jit, jax.checkpoint], ids=["jit", "checkpoint"])
+def test_a_carry_handed_on_through_a_function_is_unchanged(through):
+    body = through(lambda carry: (carry[0], jnp.tanh(carry[1] @ carry[0] @ carry[0].T)))
+
+    def use(w: jax.Array) -> jax.Array:
+        return lax.scan(lambda c, _: (body(c), None), (w, one_kernel.X), None, length=3)[0][1]
+
+    one_kernel.check(use, on_dense="error")
+
+
+def test_a_scan_of_no_steps():
+    def use(w: jax.Array) -> jax.Array:
+        empty = w.reshape(2, 4, 4)[:0]
+        return lax.scan(lambda x, k: (x @ k, None), one_kernel.X[:, :4], empty)[0]
+
+    one_kernel.check(use, on_dense="allow")

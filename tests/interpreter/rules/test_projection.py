@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import flax_tied_lora as tied_lora
+from tests.helpers import one_kernel
 from tests.helpers.oracle import array, check, labelled, only, wrapped
 
 TABLE = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"])
@@ -239,3 +240,8 @@ def test_a_named_algorithm_says_what_it_accumulates_in():
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) == 3
     assert all(line.rstrip().endswith("bf16>") for line in products)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bool_, jnp.bfloat16, jnp.float8_e4m3fn])
+def test_data_of_another_dtype_leaves_the_delta_its_precision(dtype):
+    one_kernel.check(one_kernel.product((3 * one_kernel.X).astype(dtype)), on_dense="error")

@@ -13,7 +13,7 @@ MIB = 2**20
 WRITE = """
 import sys, resource
 import numpy as np
-from flax_tied_lora._peft.files import write_adapter
+from flax_tied_lora._peft.adapter.folder import write_adapter
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 np.zeros(1)
@@ -33,7 +33,7 @@ print(peak() - before)
 READ = """
 import sys, resource
 import numpy as np
-from flax_tied_lora._peft.files import read_adapter
+from flax_tied_lora._peft.adapter.folder import read_adapter
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
@@ -51,7 +51,7 @@ print(peak() - before)
 ONE = """
 import sys, resource
 import numpy as np
-from flax_tied_lora._peft.files import read_adapter, write_adapter
+from flax_tied_lora._peft.adapter.folder import read_adapter, write_adapter
 
 x = np.zeros((2**31 + 5,), np.int8)
 x[-1] = 7

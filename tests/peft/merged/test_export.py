@@ -224,29 +224,6 @@ def stored_base(adapted: tied_lora.Adapted) -> np.ndarray:
     return np.asarray(tied_lora.base(adapted)["transformer"]["wte"]["embedding"], np.float32)
 
 
-class TestConfig:
-    def test_it_is_written_as_given_and_completed(self, tmp_path):
-        class Config:
-            def to_dict(self):
-                return CONFIG | {"architectures": ["FlaxGPT2LMHeadModel"], "id2label": {0: "ü"}}
-
-        save_merged(tmp_path, gpt2(), NAMES, Config())
-        assert config_in(tmp_path) == CONFIG | {
-            "id2label": {"0": "ü"}, "dtype": "float32", "tie_word_embeddings": True
-        }  # fmt: skip
-
-    def test_a_head_beside_the_table_is_untied(self, tmp_path):
-        config = {k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"}
-        save_merged(tmp_path, draw(LLAMA_SHAPES), names_of("llama"), config)
-        assert config_in(tmp_path)["tie_word_embeddings"] is False
-        assert "lm_head.weight" in stored(tmp_path)
-
-    def test_a_model_without_a_head_says_nothing(self, tmp_path):
-        bare = draw(SHAPES)["transformer"]
-        save_merged(tmp_path, bare, NAMES, CONFIG | {"architectures": ["GPT2Model"]})
-        assert "tie_word_embeddings" not in config_in(tmp_path)
-
-
 class TestFiles:
     def test_shards_and_their_index(self, tmp_path):
         save_merged(tmp_path, gpt2(), NAMES, CONFIG, max_shard_size=300)

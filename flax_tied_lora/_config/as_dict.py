@@ -1,0 +1,91 @@
+"""A config as a dict and as JSON, under the keys of PEFT's ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flax_tied_lora._config.axes_and_parts import OWN_FIELDS, OWN_KEY
+from flax_tied_lora._config.checks import not_carried_out
+
+# Fields of PEFT's config that this library does not carry out, with PEFT's defaults: no fields of
+# `LoraConfig`, but keys of every file. One that is carried out moves from here to `LoraConfig`.
+NOT_CARRIED_OUT: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "corda_config": None,
+    "eva_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "runtime_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+_NEVER_STORED = "runtime_config"  # by PEFT neither
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns the fields of a config as plain Python values, as PEFT's file has them."""
+    values = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    ours = {name: values.pop(name) for name in OWN_FIELDS}
+    values |= {k: _plain(v) for k, v in NOT_CARRIED_OUT.items() if k != _NEVER_STORED}
+    return values | ({OWN_KEY: ours} if any(ours.values()) else {})
+
+
+def from_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config's fields from what `to_dict` returned, or from PEFT's file.
+
+    Raises:
+      TypeError: not a mapping.
+      NotImplementedError: a field that is not carried out is at another value than PEFT's default.
+    """
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"LoraConfig.from_dict: expected a mapping, found {fields!r}")
+    ours = fields.get(OWN_KEY, {})
+    if not isinstance(ours, Mapping):
+        raise TypeError(f"LoraConfig.from_dict: {OWN_KEY}={ours!r}; expected a mapping")
+    found = {}
+    for name, value in fields.items():
+        if name in NOT_CARRIED_OUT:
+            _refuse_unless_default(name, value)
+        elif name != OWN_KEY:
+            found[str(name)] = value
+    return found | {str(name): value for name, value in ours.items()}
+
+
+def from_json(text: str) -> Any:
+    """Returns what a JSON text holds.
+
+    Raises:
+      ValueError: not JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"LoraConfig.from_json: not JSON: {error}") from error
+
+
+def _refuse_unless_default(field: str, value: Any) -> None:
+    default = NOT_CARRIED_OUT[field]
+    same = isinstance(value, type(default)) and value == default
+    if value is not None and not same:
+        raise not_carried_out(field, value, default)
+
+
+def _plain(value: Any) -> Any:
+    """Returns tuples as lists and mappings as dicts, as JSON has them."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,154 @@
+"""`custom_rule`: a function that carries with it how it is served, known by identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._interpreter.protocols import Rule
+from flax_tied_lora._interpreter.registry import rule as register
+from flax_tied_lora._interpreter.tracing import Calls, filling
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NAME = "custom_rule"
+
+# Operands: the arrays that the function closes over, and those among its arguments. Parameters:
+# ``jaxpr``, its program on these; ``call``, a `_Call`.
+custom_rule_p = Primitive(NAME)
+custom_rule_p.multiple_results = True
+
+
+def custom_rule(fn: Callable[P, R], rule: Rule) -> Callable[P, R]:
+    """Returns ``fn`` with a rule for how `adapt` serves it where a symbolic weight enters it.
+
+    To everything else it is ``fn``: its derivatives, `jax.vmap` and compiled programs are those of
+    ``fn``. Its identity is the function returned here, so that closures, lambdas, partials and
+    functions that differ only in their derivative are all told apart. Through `jax.vmap`, which the
+    rule knows nothing of, it is ``fn`` alone, and its weights are materialised.
+
+    Args:
+      fn: a function of arrays, pytrees of them and anything else; only arrays are traced. Usually
+        one made with `jax.custom_vjp`, whose derivatives are to be kept.
+      rule: called as ``rule(context, equation, *args, **kwargs)`` with the arguments of ``fn``,
+        weights among their arrays symbolic. Returns what ``fn`` returns, or `NotImplemented` to
+        have the weights materialised.
+
+    Raises:
+      TypeError: ``fn`` or ``rule`` is no function.
+
+    Example::
+
+      def served(context, equation, hidden, table):
+          # The same in plain JAX; the table stays symbolic in it.
+          return context.evaluate(my_plain_loss, hidden, table)
+
+      my_fused_loss = tied_lora.custom_rule(my_fused_loss, served)
+    """
+    for name, function in {"fn": fn, "rule": rule}.items():
+        if not callable(function):
+            raise TypeError(
+                f"custom_rule: {name} is a {type(function).__name__}; expected a function"
+            )
+
+    @functools.wraps(fn, updated=())
+    def ruled(*args: P.args, **kwargs: P.kwargs) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+        fill = filling(tree, leaves, places)
+        arrays = [leaves[i] for i in places]
+        closed, outputs = Calls(fn, fill).jaxpr([jax.typeof(x) for x in arrays])
+        left = [None if i in places else x for i, x in enumerate(leaves)]
+        call = _Call(rule, filling(tree, left, places), len(closed.consts))
+        jaxpr = _opened(closed.jaxpr)
+        return outputs.filled(custom_rule_p.bind(*closed.consts, *arrays, jaxpr=jaxpr, call=call))
+
+    return ruled
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """A call of a function that has a rule.
+
+    Attributes:
+      rule: of the function.
+      arguments: returns ``(args, kwargs)`` from the arrays among them.
+      closed_over: number of operands that are no arguments.
+    """
+
+    rule: Rule
+    arguments: Callable[[Sequence[Any]], tuple[Any, Any]]
+    closed_over: int
+
+
+def _opened(jaxpr: Jaxpr) -> ClosedJaxpr:
+    """Returns a jaxpr that takes its constants as its first operands."""
+    opened = Jaxpr(
+        (), [*jaxpr.constvars, *jaxpr.invars], jaxpr.outvars, jaxpr.eqns, jaxpr.effects,
+        jaxpr.debug_info,
+    )  # fmt: skip
+    return ClosedJaxpr(opened, ())
+
+
+@register(NAME)
+def _served(context: Any, eqn: Any, *operands: Any) -> Any:
+    call: _Call = eqn.params["call"]
+    closed_over, arrays = operands[: call.closed_over], operands[call.closed_over :]
+    if any(isinstance(x, Weight) for x in closed_over):
+        return NotImplemented  # the rule is not given it
+    args, kwargs = call.arguments(arrays)
+    outputs = call.rule(context, eqn, *args, **kwargs)
+    if outputs is NotImplemented:
+        return NotImplemented
+    return jax.tree.leaves(outputs, is_leaf=lambda x: isinstance(x, Weight))
+
+
+# To every transformation the operation is the program inside.
+
+
+def _computed(*operands: Any, jaxpr: ClosedJaxpr, call: _Call) -> list[Any]:
+    return jaxpr_as_fun(jaxpr)(*operands)
+
+
+custom_rule_p.def_impl(_computed)
+mlir.register_lowering(custom_rule_p, mlir.lower_fun(_computed, multiple_results=True))
+
+
+@custom_rule_p.def_effectful_abstract_eval
+def _abstract(*operands: Any, jaxpr: ClosedJaxpr, call: _Call) -> Any:
+    return jaxpr.out_avals, jaxpr.effects
+
+
+def _jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: ClosedJaxpr, call: _Call
+) -> Any:
+    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def of_moving(*values: Any) -> list[Any]:
+        operands = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            operands[i] = value
+        return jaxpr_as_fun(jaxpr)(*operands)
+
+    return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+
+ad.primitive_jvps[custom_rule_p] = _jvp
+
+
+def _batched(
+    operands: Sequence[Any], axes: Sequence[int | None], *, jaxpr: ClosedJaxpr, call: _Call
+) -> Any:
+    outputs = jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(axes))(*operands)
+    return outputs, [0] * len(outputs)
+
+
+batching.primitive_batchers[custom_rule_p] = _batched
