@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(1, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(1, str(Path(__file__).parents[1] / "tests" / "helpers"))
 sys.path.insert(1, str(Path(__file__).parents[1] / "examples"))
 
 import gpt2_shape

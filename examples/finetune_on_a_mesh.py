@@ -105,17 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     plain_loss = decoder.loss_of(model, tied_lora.losses.linear_cross_entropy)
     loss_fn = tied_lora.adapt(plain_loss, on_dense="error")
-
-    def step_fn(adapters, state, frozen, rows):
-        adapted = frozen.replace(adapters=adapters)
-        loss, grads = tied_lora.value_and_grad(loss_fn)(adapted, rows)
-        updates, state = optimizer.update(grads, state, adapters)
-        return optax.apply_updates(adapters, updates), state, loss
-
-    # What is donated comes back in place: the same shardings out as in.
-    places = jax.tree.map(lambda x: x.sharding, (adapted.adapters, state))
-    whole = jax.NamedSharding(mesh, jax.P())
-    train_step = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=(*places, whole))
+    train_step = tied_lora.train.step(loss_fn, optimizer)  # what it writes stays in its shards
 
     first = jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32, sharding=rows_sharding)
     explanation = tied_lora.explain(plain_loss, adapted, first)
@@ -127,16 +117,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if manager and manager.latest_step() is not None:  # of any mesh, any number of processes
         adapted, state, step, _ = manager.restore(params, opt_state=state)
         say(f"going on from step {step}")
-    adapters, frozen = adapted.adapters, adapted.replace(adapters=None)
     batches = corpus.batches(tokens, args.batch, args.length, seed=0, start=step)
     started, done = time.perf_counter(), 0
     while step < args.steps:
-        adapters, state, loss = train_step(adapters, state, frozen, batch(next(batches)))
+        adapted, state, loss = train_step(adapted, state, batch(next(batches)))
         step, done = step + 1, done + args.batch * args.length
         say(f"step {step}: loss {float(loss):.6f}, "
             f"{done / (time.perf_counter() - started):.0f} tokens/s", flush=True)  # fmt: skip
         if manager and (step % args.save_every == 0 or step == args.steps):
-            manager.save(step, frozen.replace(adapters=adapters), opt_state=state)
+            manager.save(step, adapted, opt_state=state)
     if manager:
         manager.close()
 

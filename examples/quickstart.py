@@ -38,14 +38,7 @@ def loss_fn(adapted, tokens):
 
 optimizer = optax.adam(0.003)
 state = optimizer.init(adapted.adapters)  # the frozen params have no optimizer state
-
-
-@jax.jit
-def step(adapted, state, tokens):
-    loss, grads = tied_lora.value_and_grad(loss_fn)(adapted, tokens)
-    updates, state = optimizer.update(grads, state, adapted.adapters)
-    return adapted.replace(adapters=optax.apply_updates(adapted.adapters, updates)), state, loss
-
+step = tied_lora.train.step(loss_fn, optimizer)  # compiled; the params go in and never come out
 
 for number in range(101):
     adapted, state, loss = step(adapted, state, tokens)

@@ -49,17 +49,16 @@ def loss_fn(adapted, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
-@jax.jit
-def train(counting, state, texts):
+def losses_of(counting, texts):
     axes = (tied_lora.adapter_axes(counting), 0)
-    losses, grads = jax.vmap(tied_lora.value_and_grad(loss_fn), in_axes=axes)(counting, texts)
-    updates, state = optimizer.update(grads, state, counting.adapters)
-    return counting.replace(adapters=optax.apply_updates(counting.adapters, updates)), state, losses
+    losses = jax.vmap(loss_fn, in_axes=axes)(counting, texts)
+    return losses.sum(), losses  # of the sum, each adapter has the gradient of its own loss
 
 
+train = tied_lora.train.step(losses_of, optimizer, has_aux=True)
 state = optimizer.init(counting.adapters)
 for _ in range(60):
-    counting, state, losses = train(counting, state, texts)
+    counting, state, (_, losses) = train(counting, state, texts)
 print(f"trained {ADAPTERS} adapters: losses {losses.min():.3f} to {losses.max():.3f}")
 adapters = [
     fresh[i].replace(adapters=jax.tree.map(lambda x, i=i: x[i], counting.adapters))

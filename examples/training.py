@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import signal
@@ -70,9 +69,7 @@ class Job:
             )
         )  # fmt: skip
         self.loss = jax.jit(self.loss_fn)
-        # Adapters and optimizer state are donated: their memory becomes that of the new ones. The
-        # frozen params are an argument too. Closed over, they would be baked into the program.
-        self.train_step = jax.jit(self.step_fn, donate_argnums=(0, 1))
+        self.train_step = tied_lora.train.step(self.loss_fn, self.optimizer)
         # What a checkpoint must have been made with to be gone on from.
         names = "quantize rank alpha dropout targets steps batch length learning_rate warmup seed"
         self.settings = {name: getattr(args, name) for name in [*names.split(), "prompt"]}
@@ -82,12 +79,14 @@ class Job:
         logits = self.apply(adapted, rows[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
 
-    def step_fn(self, adapters, opt_state, frozen, rows, step):
-        key = jax.random.fold_in(jax.random.key(self.args.seed), step)
-        adapted = frozen.replace(adapters=adapters).train(key)  # the key is for dropout
-        loss, grads = tied_lora.value_and_grad(self.loss_fn)(adapted, rows)
-        updates, opt_state = self.optimizer.update(grads, opt_state, adapters)
-        return optax.apply_updates(adapters, updates), opt_state, loss
+    def take_step(self, state: State, rows: jax.Array) -> None:
+        """Takes a training step; its key, for dropout, is that of its number."""
+        key = jax.random.fold_in(jax.random.key(self.args.seed), state.step)
+        adapted, state.opt_state, loss = self.train_step(
+            state.adapted.train(key), state.opt_state, rows
+        )
+        state.adapted, state.step = adapted.eval(), state.step + 1
+        state.losses.append(float(loss))
 
     def measured(self, adapted: tied_lora.Adapted) -> dict[str, Any]:
         """Returns the held-out loss and the continuation of the prompt."""
@@ -153,28 +152,18 @@ class StopRequest:
 def train(job: Job, state: State, until: int) -> bool:
     """Trains up to a step, saving on the way; returns whether it got there."""
     args = job.args
-    adapters, frozen = state.adapted.adapters, state.adapted.replace(adapters=None)
     batches = corpus.batches(job.train_tokens, args.batch, args.length, args.seed, state.step)
-    started = time.perf_counter()
-    first = jnp.asarray(next(batches))
-    step_fn = job.train_step.lower(adapters, state.opt_state, frozen, first, 0).compile()
-    print(f"Compiled the training step in {time.perf_counter() - started:.0f} s.", flush=True)
+    print("Compiling the training step.", flush=True)
     bar = tqdm(
         total=args.steps, initial=state.step, disable=None, file=sys.stdout,
         bar_format="{percentage:3.0f}% |{bar}| step {n} of {total}, {remaining} left{postfix}",
     )  # fmt: skip
-    tokens, started = 0, time.perf_counter()
     with StopRequest() as stop, job.checkpoints() as manager, bar:
-        for rows in itertools.chain([first], map(jnp.asarray, batches)):
-            step = state.step
-            adapters, state.opt_state, loss = step_fn(adapters, state.opt_state, frozen, rows, step)
-            state.adapted, state.step = frozen.replace(adapters=adapters), step + 1
-            state.losses.append(float(loss))
-            tokens += args.batch * args.length
-            line = (
-                f"loss {np.mean(state.losses[-10:]):.2f}, "
-                f"{tokens / (time.perf_counter() - started):.0f} tokens/s"
-            )
+        for rows in map(jnp.asarray, batches):
+            started = time.perf_counter()
+            job.take_step(state, rows)
+            rate = args.batch * args.length / (time.perf_counter() - started)
+            line = f"loss {np.mean(state.losses[-10:]):.2f}, {rate:.0f} tokens/s"
             bar.set_postfix_str(line, refresh=False)
             bar.update()
             done = state.step == until

@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from flax_tied_lora._adapters.adapted import Adapted
+from flax_tied_lora._adapters.dropout import NoDropoutWarning
+from flax_tied_lora._adapters.split import combine, split
 from flax_tied_lora._adapters.stack import adapter_axes, put, select, stack
 from flax_tied_lora._algebra.site_filter import SiteFilter
 from flax_tied_lora._config.config import LoraConfig
@@ -31,6 +33,7 @@ from flax_tied_lora._tree.quantized_array import QuantizedArray
 from flax_tied_lora._verbs.adapt import UnreadTargetWarning, adapt
 from flax_tied_lora._verbs.adapted_model import AdaptedModel
 from flax_tied_lora._verbs.explain import Explanation, NotTiedError, explain
+from flax_tied_lora._verbs.frozen_gradient import FrozenGradientWarning
 from flax_tied_lora._verbs.merge import base, merge
 from flax_tied_lora._verbs.per_example import per_example
 from flax_tied_lora._verbs.quantize import dequantize, quantize, stored_bytes
@@ -52,9 +55,11 @@ __all__ = [
     "DensifyError",
     "DensifyWarning",
     "Explanation",
+    "FrozenGradientWarning",
     "GroupPlan",
     "LoraConfig",
     "Member",
+    "NoDropoutWarning",
     "NotTiedError",
     "Operand",
     "Plan",
@@ -74,6 +79,7 @@ __all__ = [
     "arithmetic",
     "base",
     "checkpoint",
+    "combine",
     "custom_rule",
     "dequantize",
     "explain",
@@ -90,6 +96,7 @@ __all__ = [
     "register_rule",
     "select",
     "serving",
+    "split",
     "stack",
     "stored_bytes",
     "trace",

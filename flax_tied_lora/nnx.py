@@ -23,6 +23,8 @@ from flax_tied_lora._nnx.module import LoRADropout as LoRADropout
 from flax_tied_lora._nnx.module import Scaling as Scaling
 from flax_tied_lora._nnx.module import Slot as Slot
 from flax_tied_lora._nnx.quantize import quantize as quantize
+from flax_tied_lora._nnx.step import Step as Step
+from flax_tied_lora._nnx.step import step as step
 from flax_tied_lora._nnx.trace import Method as Method
 from flax_tied_lora._nnx.trace import trace as trace
 from flax_tied_lora._nnx.wrap import wrap as wrap
@@ -33,6 +35,7 @@ __all__ = [
     "Method",
     "Scaling",
     "Slot",
+    "Step",
     "adapted",
     "base",
     "explain",
@@ -40,6 +43,7 @@ __all__ = [
     "merge",
     "params",
     "quantize",
+    "step",
     "trace",
     "wrap",
 ]

@@ -78,8 +78,8 @@ class Adapted(Generic[Params]):
     def train(self, rng: jax.Array) -> Adapted[Params]:
         """Returns a copy in which dropout is on, at the config's ``lora_dropout``.
 
-        Give each step a key of its own. Within a step the key is folded by group, call site and
-        loop step. Without a key there is no dropout.
+        Give each step a key of its own; `tied_lora.train.step` does so by itself. Within a step the
+        key is folded by group, call site and loop step. Without a key there is no dropout.
 
         Args:
           rng: a key of `jax.random.key` or `jax.random.PRNGKey`.
@@ -251,7 +251,9 @@ def summary(adapted: Adapted) -> str:
 
 
 def _slots(adapted: Adapted) -> int | None:
-    """Returns how many adapters are stacked; None if they are not."""
+    """Returns how many adapters are stacked; None if they are not, or are not there."""
+    if adapted.adapters is None:
+        return None
     for _, _, shape, planned in shapes_of(adapted):
         return shape[0] if len(shape) > len(planned) else None
     return None

@@ -23,6 +23,7 @@ from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, G
 from flax_tied_lora._ties.groups import Member
 from flax_tied_lora._tree.boxes import is_box, unboxed
 from flax_tied_lora._tree.keys import key_number
+from flax_tied_lora._tree.paths import is_tracer
 from flax_tied_lora._tree.quantized_array import is_quantized
 
 
@@ -34,8 +35,9 @@ def weights_of(adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None) -
       dtype: of copies; by default the leaf's.
 
     Raises:
-      ValueError: the adapters are stacked, and not one of them is selected.
+      ValueError: the adapters are stacked, and not one of them is selected; or they are not there.
     """
+    _check_there(adapted)
     weights = {}
     adapted, present = _selected(adapted)
     for group in adapted.plan.adapted:
@@ -73,6 +75,21 @@ def quantized_weights(
         if path not in known and is_quantized(leaves[key]):
             weights[path] = _member(member, leaves[key], {}, None)
     return weights
+
+
+def _check_there(adapted: Adapted) -> None:
+    if adapted.adapters is None:
+        raise ValueError(
+            "adapt: this Adapted has no adapters: it is the frozen half that split returns. Use "
+            "tied_lora.combine(adapters, frozen)"
+        )
+    leaves = jax.tree.leaves(adapted.adapters)
+    if any(x.is_deleted() for x in leaves if isinstance(x, jax.Array) and not is_tracer(x)):
+        raise ValueError(
+            "adapt: the adapters of this Adapted were donated to a training step, which had their "
+            "memory for the new ones. Use the Adapted that it returned, or keep this one by "
+            "train.step(..., donate=False)"
+        )
 
 
 def _selected(adapted: Adapted) -> tuple[Adapted, jax.Array | None]:

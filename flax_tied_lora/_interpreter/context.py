@@ -287,11 +287,12 @@ class Context:
     def materialises(self, operation: str, weight: Weight, terms: Sequence[Term]) -> None:
         """Reports that terms of a weight are made an array of its size, or refuses it."""
         groups = tuple(dict.fromkeys(t.group for t in terms if t.group))
+        undropped = weight.replace(terms=tuple(terms)).keyed
 
         def read(leaf: str, scope: str) -> Read:
             site = CallSite(leaf, operation, scope=module_scope(scope), role=OTHER)
             served = DEQUANTISED if all(t.stored for t in terms) else DENSE
-            return Read(site, served, groups, 0, bytes_of(weight))
+            return Read(site, served, groups, 0, bytes_of(weight), undropped)
 
         self.reads += [read(o.leaf, self.here) for o in weight.origins]
         if self.on_dense == "error":

@@ -38,9 +38,10 @@ def densified(read: Read) -> str:
             "quantised (exclude_modules), write a rule (register_rule), or accept the cost with "
             'on_dense="allow"'
         )
+    dropout = ", and dropout, which is on, does nothing here" if read.undropped else ""
     return (
         f"adapt: {site.leaf!r} {what}{where}, {reason_for(site.operation)}; the weight and its "
-        f"delta were materialised as one array of {read.bytes:,} bytes. Take it out of "
+        f"delta were materialised as one array of {read.bytes:,} bytes{dropout}. Take it out of "
         'target_modules, write a rule (register_rule), or accept the cost with on_dense="allow"'
     )
 

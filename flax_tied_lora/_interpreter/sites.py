@@ -56,6 +56,7 @@ class Read:
       groups: keys of the adapters that were applied.
       flops, bytes: what it cost beyond the unadapted operation, as `explain` counts it. Of an
         operation that reads several leaves at once all is at the first, so that sums are right.
+      undropped: whether dropout is on, and the weight was materialised, so that it has none here.
     """
 
     site: CallSite
@@ -63,6 +64,7 @@ class Read:
     groups: tuple[str, ...] = ()
     flops: int = 0
     bytes: int = 0
+    undropped: bool = False
 
 
 # How a site is served where an array of the weight's size is made for it.

@@ -1,4 +1,4 @@
-"""A wing: training with Optax. Gradients of the adapters, labels for them, LoRA+.
+"""A wing: training with Optax. A step, gradients of the adapters, labels for them, LoRA+.
 
 Knows the adapters and plans; Optax.
 """

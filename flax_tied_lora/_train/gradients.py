@@ -8,10 +8,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import jax
 
 from flax_tied_lora._adapters.adapted import Adapted, Adapters
+from flax_tied_lora._adapters.dropout import warn_without_dropout
 from flax_tied_lora._tree.boxes import in_place
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+DROPOUT_ON = "adapted.train(key) turns it on, with a key of its own for each step"
 
 
 def value_and_grad(
@@ -21,6 +24,9 @@ def value_and_grad(
 
     Like `jax.value_and_grad`, but only ``adapted.adapters`` is differentiated: the frozen params
     are not. The gradient of a tied factor is the sum over all call sites of its group.
+
+    `train.step` takes these gradients, and is compiled. A step of your own that is compiled returns
+    the adapters and not the `Adapted`, the frozen params in which would be copied: see `split`.
 
     Outside of `jax.jit` a gradient is sharded like its factor; within, on Auto mesh axes, that has
     to be asked for (docs/meshes.md).
@@ -32,6 +38,9 @@ def value_and_grad(
     Returns:
       A function of the same arguments that returns ``(value, grads)``, the gradients in the
       structure of ``adapted.adapters``, ready for Optax.
+
+    Warns:
+      NoDropoutWarning: the config has a ``lora_dropout`` that is not on: `Adapted.train`.
 
     Raises:
       TypeError: the first argument is not an `Adapted`.
@@ -48,16 +57,23 @@ def value_and_grad(
       updates, state = optimizer.update(grads, state, adapted.adapters)
       adapted = adapted.replace(adapters=optax.apply_updates(adapted.adapters, updates))
     """
+    gradients = of_adapters(loss_fn, has_aux=has_aux)
 
     def value_and_grads(
         adapted: Adapted, *args: _P.args, **kwargs: _P.kwargs
     ) -> tuple[_R, Adapters]:
-        if not isinstance(adapted, Adapted):
-            raise TypeError(
-                f"value_and_grad: the first argument is a {type(adapted).__name__}; expected an "
-                "Adapted, as wrap returns it"
-            )
+        check_trained("value_and_grad", adapted)
+        if adapted.rng is None:
+            warn_without_dropout("value_and_grad", adapted.plan, DROPOUT_ON, stacklevel=2)
+        return gradients(adapted, *args, **kwargs)
 
+    return value_and_grads
+
+
+def of_adapters(loss_fn: Callable[..., Any], *, has_aux: bool) -> Callable[..., tuple[Any, Any]]:
+    """Returns the function that `value_and_grad` returns, without its checks."""
+
+    def run(adapted: Adapted, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         def of_adapters(adapters: Any) -> Any:
             return loss_fn(adapted.replace(adapters=adapters), *args, **kwargs)
 
@@ -65,4 +81,17 @@ def value_and_grad(
         # The gradients of a compiled loss have the sharding that the compiler chose.
         return value, jax.tree.map(in_place, adapted.adapters, grads)
 
-    return value_and_grads
+    return run
+
+
+def check_trained(what: str, adapted: Any) -> None:
+    """Refuses what has no adapters to train.
+
+    Raises:
+      TypeError: not an `Adapted`.
+    """
+    if not isinstance(adapted, Adapted):
+        raise TypeError(
+            f"{what}: the first argument is a {type(adapted).__name__}; expected an Adapted, as "
+            "wrap returns it"
+        )

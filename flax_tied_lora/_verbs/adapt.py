@@ -22,6 +22,7 @@ from flax_tied_lora._interpreter.materialised import warn_of_dense
 from flax_tied_lora._interpreter.sites import Read, numbered
 from flax_tied_lora._interpreter.tracing import Calls, filling
 from flax_tied_lora._tree.paths import flatten
+from flax_tied_lora._verbs.frozen_gradient import watched
 
 
 class UnreadTargetWarning(UserWarning):
@@ -155,7 +156,7 @@ def evaluated(
 def _weights(adapted: Adapted, mark: str, context: Context) -> dict[str, Weight]:
     """Returns the weights of an adapted argument by leaf path, and tells the context of them."""
     leaves, _ = flatten(adapted.params)
-    weights = weights_of(adapted, leaves)
+    weights = weights_of(watched(adapted, leaves), leaves)
     for group in adapted.plan.adapted:
         for member in group.members:
             context.leaves[member.path + mark] = group.info(member)  # type: ignore[index]

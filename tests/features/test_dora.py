@@ -44,6 +44,7 @@ def served(explained):
 
 
 @pytest.mark.parametrize("key", ["embed/embedding", "dense/kernel"])
+@pytest.mark.filterwarnings("ignore::flax_tied_lora.FrozenGradientWarning")
 def test_values_and_gradients_are_those_of_the_definition(key):
     module, name = key.split("/")
     own = dora({module: {name: array(8, 6, seed=1)}}, [module])
@@ -86,6 +87,7 @@ def test_starts_as_the_weight_itself():
     np.testing.assert_allclose(magnitude, np.linalg.norm(params["up"]["kernel"], axis=0), rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::flax_tied_lora.FrozenGradientWarning")
 def test_a_column_of_zeros_stays_finite():
     params = {"dense": {"kernel": array(8, 6, seed=1).at[:, 2].set(0)}}
     config = tied_lora.LoraConfig(r=2, target_modules=["dense"], use_dora=True)

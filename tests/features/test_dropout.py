@@ -135,6 +135,17 @@ def test_differentiated_before_adapted_with_dropout_is_refused(targets):
     close(step(adapted), jax.grad(loss)(tied_lora.merge(adapted), TOKENS))
 
 
+def test_a_weight_that_is_added_up_has_none_and_says_so():
+    added_up = tied_lora.adapt(lambda p: jnp.tanh(p["w"]))
+    said = "dropout, which is on, does nothing here"
+    with pytest.warns(tied_lora.DensifyWarning, match=f"bytes, and {said}. Take it out") as caught:
+        result = added_up(DROPPED.train(jax.random.key(0)))
+    assert len(caught) == 1
+    with pytest.warns(tied_lora.DensifyWarning) as caught:
+        chex.assert_trees_all_equal(added_up(DROPPED), result)
+    assert said not in str(caught[0].message)
+
+
 @pytest.mark.parametrize("transform", [jax.jvp, jax.linearize], ids=["jvp", "linearize"])
 def test_dropout_in_a_forward_differentiated_function_is_refused(transform):
     def model(params: Any, x: jax.Array) -> Any:

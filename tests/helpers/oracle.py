@@ -189,6 +189,8 @@ def compare(
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", tied_lora.DensifyWarning)
+        # The oracle differentiates frozen params on purpose.
+        warnings.simplefilter("ignore", tied_lora.FrozenGradientWarning)
         lowered = jax.jit(program).lower(arrays)
     on_cpu = jax.default_backend() == "cpu"
     compiled = lowered.compile(compiler_options=_OPTIONS if on_cpu else None)

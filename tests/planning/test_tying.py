@@ -17,6 +17,9 @@ import flax_tied_lora as tied_lora
 from tests.helpers.oracle import array
 from tests.helpers.small_models import wrapped
 
+# Frozen params are differentiated on purpose, to compare their gradients too.
+pytestmark = pytest.mark.filterwarnings("ignore::flax_tied_lora.FrozenGradientWarning")
+
 TABLE, HEAD = "embed_tokens/embedding", "lm_head/kernel"
 V, D = 12, 8
 IDS = jnp.array([3, 0, 3, 11])

@@ -60,6 +60,10 @@ def functional(tokens: jax.Array, folder: Path) -> jax.Array:
     loss, grads = step(adapted.train(key), tokens, z_loss=1e-4)
     updates, state = optimizer.update(grads, state, adapted.adapters)
     trained = adapted.replace(adapters=optax.apply_updates(adapted.adapters, updates))
+    training = train.step(tied_lora.adapt(loss_fn), optimizer, donate=False)
+    adapters, frozen = tied_lora.split(trained)
+    trained = tied_lora.combine(adapters, frozen).train(key)
+    trained, state, loss = training(trained, state, tokens)
     kinds = train.labels(trained), train.labels_by(trained, {"up": 1e-4}, default=1e-5)
 
     checkpoint.save(folder / "adapter", trained, opt_state=state, step=1)
@@ -99,12 +103,18 @@ def functional(tokens: jax.Array, folder: Path) -> jax.Array:
     return logits + model(tokens) + loss
 
 
+def module_loss(model: Any, tokens: jax.Array) -> jax.Array:
+    return model(tokens).sum()
+
+
 def modules(tokens: jax.Array) -> jax.Array:
     config = tied_lora.LoraConfig(r=4, target_modules=["embed"], init_lora_weights="gaussian")
     module = Tied(nnx.Rngs(0))
     sites = tied_lora.nnx.trace(module, tokens)
     lora = tied_lora.nnx.wrap(tied_lora.nnx.quantize(module, "int8"), config, sites=sites)
     tied_lora.nnx.explain(lora, tokens).assert_tied()
+    training = tied_lora.nnx.step(module_loss)
+    training(lora, nnx.Optimizer(lora, optax.adam(1e-3), wrt=nnx.LoRAParam), tokens)
     again = tied_lora.nnx.from_adapted(module, tied_lora.nnx.adapted(lora))
     print(tied_lora.nnx.params(again).keys(), tied_lora.nnx.base(lora))
     return tied_lora.nnx.merge(lora)(tokens)

@@ -66,6 +66,7 @@ def test_shard_map_around_an_adapted_function():
     close(jax.jit(mapped)(ADAPTED, jnp.asarray(TOKENS)), run(ADAPTED, TOKENS))
 
 
+@pytest.mark.filterwarnings("ignore::flax_tied_lora.FrozenGradientWarning")
 def test_stacked_adapters_equal_single_runs():
     several = [wrapped(PARAMS, TARGETS, seed=s, lora_alpha=a) for s, a in ((1, 2), (2, 2), (3, 2))]
     stacked = tied_lora.stack(several)

@@ -2,6 +2,7 @@
 
 A block with ``>>>`` is a doctest; any other is run as a program. The blocks of one page share their
 names. A block that is not meant to run is marked ``python no-run`` (or is no ``python`` block).
+Every training step of a page is asked what it returns: no copy of the frozen params.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.loops import Loops
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -26,6 +29,7 @@ def test_page_runs(page, tmp_path, monkeypatch, standard_promotion):
 
 def run_page(text: str, filename: str) -> None:
     names: dict[str, object] = {"__name__": "page"}
+    loops = Loops()
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start(1))
         code = match[1]
@@ -34,8 +38,8 @@ def run_page(text: str, filename: str) -> None:
             doctest.DebugRunner(optionflags=FLAGS).run(block, clear_globs=False)
             names.update(block.globs)
         else:
-            # Empty lines in front give tracebacks the line numbers of the page.
-            exec(compile("\n" * line + code, filename, "exec"), names)
+            exec(loops.compiled(code, filename, names, line), names)
+    loops.check()
 
 
 def test_a_wrong_page_fails():
