@@ -47,15 +47,38 @@ def pytree(*static: str, dropped: Sequence[str] = ()) -> Callable[[_Cls], _Cls]:
     return decorate
 
 
+def promoted(first: Any, second: Any) -> Any:
+    """Returns the dtype that holds two floating-point or complex ones, as JAX has it.
+
+    Strict promotion does not matter to it. Of float16 and bfloat16 that is float32; a float of
+    eight bits or fewer, which JAX promotes with nothing, goes into the other one, or into float32.
+    """
+    first, second = np.dtype(first), np.dtype(second)
+    if first == second:
+        return first
+    small = [d for d in (first, second) if d.itemsize == 1]
+    if small:
+        return np.dtype(np.float32) if len(small) == 2 else max(first, second, key=_itemsize)
+    if first.itemsize == second.itemsize == 2:
+        return np.dtype(np.float32)
+    return np.promote_types(first, second)
+
+
+def _itemsize(dtype: np.dtype) -> int:
+    return dtype.itemsize
+
+
 def accumulator(*dtypes: Any) -> Any:
     """Returns float32, or what is wider: the dtype in which sums of such arrays are formed."""
-    # Not `jnp.promote_types`: strict promotion refuses bfloat16 beside float32.
-    return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+    return functools.reduce(promoted, dtypes, np.dtype(np.float32))
 
 
 def operation_dtype(data: Any, weight: Any) -> Any:
-    """Returns the dtype in which data meets a weight's factors: the wider floating one."""
-    return np.promote_types(data, weight) if np.dtype(data).name in FLOATS else np.dtype(weight)
+    """Returns the dtype in which data meets a weight's factors: of integers that of the weight.
+
+    Complex data keeps its imaginary part, and float16 beside bfloat16 is float32.
+    """
+    return promoted(data, weight) if jnp.issubdtype(data, jnp.inexact) else np.dtype(weight)
 
 
 class NotServedError(Exception):

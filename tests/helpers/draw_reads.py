@@ -81,7 +81,14 @@ def one_hot(m: Maker, v: Value) -> Value | None:
         return None
     ids, shape = m.ints((3,), v.shape[i]), (3, *changed(v.shape, i))
     hot = f"jax.nn.one_hot({ids}, {v.shape[i]}, dtype={v.name}.dtype)"
-    return m.step(f"jnp.tensordot({hot}, {v.name}, (1, {i}))", shape, v.dtype, "y")
+    form = m.pick(
+        "{0}",
+        "jnp.squeeze(jnp.swapaxes(jnp.expand_dims({0}, 1), 0, 1), 0)",
+        "jnp.flip({0}, 0)",
+        "{0} + jnp.flip({0}, 1)",  # a bag of two tokens
+        "0.9 * {0} + 0.1",  # smoothed labels
+    )
+    return m.step(f"jnp.tensordot({form.format(hot)}, {v.name}, (1, {i}))", shape, v.dtype, "y")
 
 
 def window(m: Maker, v: Value) -> Value | None:
@@ -106,14 +113,15 @@ def product(m: Maker, v: Value) -> Value | None:
     lead = tuple(v.shape[i] for i in batch)
     if max(math.prod(sizes), math.prod((*lead, *own, *more))) > LARGEST:
         return None
-    x = m.floats(sizes, v.dtype)
     there = [order.index(i) for i in summed], [order.index(i) for i in batch]
+    wide = (", preferred_element_type=jnp.float32", "float32")
     options, dtype = m.pick(
-        ("", v.dtype),
-        ("", v.dtype),
-        (", preferred_element_type=jnp.float32", "float32"),
-        (", precision='highest'", v.dtype),
-    )
+        ("", v.dtype), ("", v.dtype), wide, (", precision='highest'", v.dtype), ("data", "")
+    )  # fmt: skip
+    if options == "data":
+        x, options, dtype = _other_data(m, sizes, v.dtype)
+    else:
+        x = m.floats(sizes, v.dtype)
     if m.pick(True, False):
         dims = ((summed, there[0]), (batch, there[1]))
         return m.step(
@@ -123,6 +131,15 @@ def product(m: Maker, v: Value) -> Value | None:
     return m.step(
         f"lax.dot_general({x}, {v.name}, {dims}{options})", (*lead, *more, *own), dtype, "y"
     )
+
+
+def _other_data(m: Maker, sizes: tuple[int, ...], dtype: str) -> tuple[str, str, str]:
+    """Draws data of another dtype than the weight's; what the product's options and dtype are."""
+    if dtype == "float32" and m.pick(True, False):
+        parts = m.floats(sizes, dtype), m.floats(sizes, dtype)
+        return f"lax.complex({parts[0]}, {parts[1]})", "", "complex64"
+    others = [d for d in ("float32", "bfloat16", "float16") if d != dtype]
+    return m.floats(sizes, m.pick(*others)), ", preferred_element_type=jnp.float32", "float32"
 
 
 def einsum(m: Maker, v: Value) -> Value | None:

@@ -213,6 +213,7 @@ def _outcome(fn: Callable[..., Any], operands: Any, gradients: bool) -> dict[str
     def loss(floats: Any) -> tuple[jax.Array, list[Any]]:
         adapted, args = _joined(floats, others)
         outs = [x for x in jax.tree.leaves(fn(adapted, *args)) if isinstance(x, jax.Array)]
+        outs = [part for x in outs for part in _real(x)]
         total = jnp.float32(0)
         for i, out in enumerate(x for x in outs if _is_float(x)):
             weights = array(*out.shape, seed=i)
@@ -225,6 +226,11 @@ def _outcome(fn: Callable[..., Any], operands: Any, gradients: bool) -> dict[str
     # What is differentiated may be computed otherwise: a custom derivative has a value of its own.
     grads, outs = jax.grad(loss, has_aux=True)(floats)
     return {"result": alone, "result beside gradients": outs, "gradient of": grads}
+
+
+def _real(x: jax.Array) -> list[jax.Array]:
+    """Returns the real and the imaginary part of a complex array; any other as it is."""
+    return [x.real, x.imag] if jnp.issubdtype(x.dtype, jnp.complexfloating) else [x]
 
 
 def _is_differentiated(name: str, x: Any) -> bool:
