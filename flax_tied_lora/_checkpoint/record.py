@@ -7,11 +7,13 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_tied_lora._checkpoint.errors import CheckpointError, explained
 from flax_tied_lora._checkpoint.items import encode
+from flax_tied_lora._checkpoint.leftovers import Leftovers
 
 FORMAT = 1
 _RECORD = "tied_lora"
@@ -42,18 +44,29 @@ def orbax_args(facts: Mapping[str, Any], items: Mapping[str, Any]) -> ocp.args.C
 
 
 def write(path: Any, args: ocp.args.Composite) -> None:
-    """Writes a checkpoint, which has its name only when all of it is written."""
+    """Writes a checkpoint, which has its name only when all of it is written.
+
+    What an earlier save under this name has left is removed, and what this one leaves if it fails.
+    """
     path = absolute(path)
     if path.exists():
         raise CheckpointError(
             f"save: {path} exists already; name another directory, delete this one, or use a "
             "Manager, which keeps the steps of a run side by side"
         )
-    with (
-        explained("save: cannot write", path),
-        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
-    ):
-        checkpointer.save(path, args=args)
+    leftovers = Leftovers(path.parent, path.name, mine=jax.process_index() == 0)
+    leftovers.begin()
+    try:
+        with (
+            explained("save: cannot write", path),
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+        ):
+            checkpointer.save(path, args=args)
+    except CheckpointError:
+        leftovers.failed(path.name)
+        raise
+    finally:
+        leftovers.end()
 
 
 def read_record(path: epath.Path, *fields: str) -> tuple[dict[str, Any], dict[str, Any]]:
