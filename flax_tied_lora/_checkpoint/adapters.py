@@ -107,7 +107,8 @@ def restore(
     state = decode(path / "adapted", items["adapted"], template)
     adapted = Adapted(stored, state["adapters"], state["scaling"], state.get("rng"), plan)
     if _is_optimizer(opt_state):
-        opt_state = opt_state.init(adapted.adapters)
+        with explained("restore: opt_state.init fails for the adapters in", path):
+            opt_state = opt_state.init(adapted.adapters)
     for name, wanted in (("opt_state", opt_state), ("extra", extra)):
         if wanted is not None and name not in items:
             raise CheckpointError(
