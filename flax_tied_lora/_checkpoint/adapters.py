@@ -18,9 +18,6 @@ from flax_tied_lora._checkpoint.record import absolute, orbax_args, read_record,
 from flax_tied_lora._checkpoint.refit import adapter_templates, fit
 from flax_tied_lora._planning.plan import LORA, Plan
 
-# What a record of adapters has, besides the listings of its items.
-ADAPTERS = ("plan", "base", "step")
-
 
 class Restored(NamedTuple, Generic[Params]):
     """What `restore` returns: ``adapted, opt_state, step, extra``."""
@@ -93,7 +90,7 @@ def restore(
         plan that does not fit ``params``, the state of another optimizer. Nothing is changed.
     """
     path = absolute(path)
-    record, items = read_record(path, *ADAPTERS)
+    record, items = read_record(path, "plan")
     with explained("restore: the plan cannot be read in", path):
         plan = Plan.from_json(json.dumps(record["plan"]))
     plan, stored = fit(plan, params, check_base)

@@ -13,13 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_tied_lora._adapters.adapted import Adapted, Params
-from flax_tied_lora._checkpoint.adapters import (
-    ADAPTERS,
-    Restored,
-    adapter_args,
-    restore,
-    step_number,
-)
+from flax_tied_lora._checkpoint.adapters import Restored, adapter_args, restore, step_number
 from flax_tied_lora._checkpoint.errors import CheckpointError, explained
 from flax_tied_lora._checkpoint.leftovers import Leftovers, is_local
 from flax_tied_lora._checkpoint.opening import check_directory, completed_options
@@ -288,7 +282,7 @@ class Manager:
         if step == self._written:
             return ""
         try:
-            read_record(self._path(step), *ADAPTERS)
+            read_record(self._path(step), "plan")
         except CheckpointError as error:
             return str(error)
         return ""
