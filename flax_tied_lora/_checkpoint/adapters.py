@@ -8,7 +8,6 @@ import os
 from typing import Any, Generic, NamedTuple
 
 import jax
-import optax
 import orbax.checkpoint as ocp
 
 from flax_tied_lora._adapters.adapted import Adapted, Params
@@ -74,8 +73,10 @@ def restore(
       path: what `save` wrote, or one step's directory of a `Manager`.
       params: the base, loaded as it was for `wrap`; copies of tied leaves become one array again.
         Abstract params (`jax.ShapeDtypeStruct`) are fine.
-      opt_state: the optimizer, or a state of it as a template (its values do not matter); None
-        does not restore the saved state.
+      opt_state: the optimizer (anything with ``init`` and ``update``, as Optax has them), or a
+        state of it as a template (its values do not matter); None does not restore the saved
+        state. Containers may be others than were saved: an `nnx.Optimizer` and its state are each
+        other's templates.
       extra: a template of what was saved as ``extra``; without one, containers are restored as
         dicts and lists.
       sharding: where the factors go. None: as `wrap` places them, like their leaf. A
@@ -89,7 +90,7 @@ def restore(
         plan that does not fit ``params``, the state of another optimizer. Nothing is changed.
     """
     path = absolute(path)
-    record, items = read_record(path, "plan", "base", "step")
+    record, items = read_record(path, "plan")
     with explained("restore: the plan cannot be read in", path):
         plan = Plan.from_json(json.dumps(record["plan"]))
     plan, stored = fit(plan, params, check_base)
@@ -102,8 +103,9 @@ def restore(
     template = {**template, "adapters": {**saved, **of_plan}}
     state = decode(path / "adapted", items["adapted"], template)
     adapted = Adapted(stored, state["adapters"], state["scaling"], state.get("rng"), plan)
-    if isinstance(opt_state, optax.GradientTransformation):
-        opt_state = opt_state.init(adapted.adapters)
+    if _is_optimizer(opt_state):
+        with explained("restore: opt_state.init fails for the adapters in", path):
+            opt_state = opt_state.init(adapted.adapters)
     for name, wanted in (("opt_state", opt_state), ("extra", extra)):
         if wanted is not None and name not in items:
             raise CheckpointError(
@@ -130,10 +132,7 @@ def adapter_args(adapted: Any, opt_state: Any, step: Any, extra: Any) -> ocp.arg
             f"save: adapted is a {type(adapted).__name__}; expected an Adapted, as wrap returns it "
             "(save_params saves plain params)"
         )
-    with explained("save:", f"step={step!r}", "expected an int of at least 0"):
-        step = operator.index(step)
-        if step < 0:
-            raise ValueError("below 0")
+    step = step_number(step)
     with explained("save: adapted does not fit", "its plan", "save stacked adapters one by one"):
         Adapted.from_variables(adapted.variables(), adapted.plan)
     state = {"adapters": adapted.adapters, "scaling": adapted.scaling}
@@ -148,6 +147,19 @@ def adapter_args(adapted: Any, opt_state: Any, step: Any, extra: Any) -> ocp.arg
         "base": fingerprint(adapted.params, adapted.plan),
     }
     return orbax_args(facts, items)
+
+
+def step_number(step: Any) -> int:
+    """Returns a step's number, checked."""
+    with explained("save:", f"step={step!r}", "expected an int of at least 0"):
+        number = operator.index(step)
+        if number < 0:
+            raise ValueError("below 0")
+        return number
+
+
+def _is_optimizer(opt_state: Any) -> bool:
+    return all(callable(getattr(opt_state, name, None)) for name in ("init", "update"))
 
 
 def _check_base(path: Any, saved: Any, given: Any, plan: Plan) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._checkpoint.errors import CheckpointError, explained
@@ -17,7 +18,7 @@ from flax_tied_lora._planning.plan import Plan
 from flax_tied_lora._ties.find import Ties, find_ties
 from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._tree.paths import flatten, is_marker, path_name
-from flax_tied_lora._tree.quantized_array import QuantizedArray, is_quantized
+from flax_tied_lora._tree.quantized_array import FOUR_BITS, QTYPES, QuantizedArray, is_quantized
 
 
 def save_params(path: str | os.PathLike[str], params: Any, *, ties: Ties | Plan = "auto") -> None:
@@ -81,26 +82,34 @@ def restore_params(
     """
     path = absolute(path)
     record, items = read_record(path, "ties")
-    with explained("restore_params: the ties cannot be read in", path):
-        groups = [
-            TieGroup(tuple(Member(**m) for m in g["members"]), tuple(g["found"]))
-            for g in record["ties"]
-        ]
+    groups = [
+        TieGroup(tuple(Member(**m) for m in g["members"]), tuple(g["found"]))
+        for g in record["ties"]
+    ]
     copies = {m.path: (g.key, m.transposed) for g in groups for m in g.members[1:]}
+    stored = record.get("quantized", {})
     if target is None:
         target = template_of(path / "params", items["params"])
-        target = _quantized(target, record.get("quantized", {}), copies)
+        with explained("restore_params: damaged record in", path, "restore another checkpoint"):
+            target = _quantized(target, {n: x for n, x in stored.items() if n not in copies})
     pairs, treedef = jax.tree_util.tree_flatten_with_path(target, is_leaf=_is_leaf)
     names = [path_name(p) for p, _ in pairs]
-    _check_members(path, names, copies)
     leaves = [x for _, x in pairs]
+    _check_members(path, dict(zip(names, leaves, strict=True)), copies, stored)
     if sharding is not None:
         leaves = _placed(leaves, treedef, sharding, path)
     once = [None if name in copies else x for name, x in zip(names, leaves, strict=True)]
     restored = decode(path / "params", items["params"], jax.tree.unflatten(treedef, once))
     arrays = dict(zip(names, jax.tree.leaves(restored, is_leaf=_is_leaf), strict=True))
+    wanted = dict(zip(names, leaves, strict=True))
     for name, (key, transposed) in copies.items():
         arrays[name] = arrays[key].T if transposed else arrays[key]
+        if wanted[name] is not None and arrays[name].shape != tuple(np.shape(wanted[name])):
+            raise CheckpointError(
+                f"restore_params: {name!r} is {arrays[name].shape} in {path}, as a member of the "
+                f"tie group of {key!r}, and {tuple(np.shape(wanted[name]))} in the target; pass a "
+                "target of the structure that was saved"
+            )
     return jax.tree.unflatten(treedef, [arrays[name] for name in names])
 
 
@@ -108,38 +117,86 @@ def _is_leaf(node: Any) -> bool:
     return node is None or is_quantized(node)
 
 
-def _quantized(
-    tree: Any, stored: Mapping[str, Any], copies: Mapping[str, Any], path: str = ""
-) -> Any:
+def _quantized(tree: Any, stored: Mapping[str, Any]) -> Any:
     """Returns a template in which integers and scales are quantised leaves, as they were.
 
     Args:
       tree: of nested dicts and lists.
       stored: ``{path: (qtype, axis)}`` of the quantised leaves.
-      copies: tied leaves that are not stored.
-      path: of ``tree`` in the whole template.
     """
-    if path in stored and path not in copies:
-        return QuantizedArray(tree["values"], tree["scales"], *stored[path])
+    found: set[str] = set()
 
-    def inner(key: Any, entry: Any) -> Any:
-        return _quantized(entry, stored, copies, f"{path}/{key}".lstrip("/"))
+    def make(path: str, tree: Any) -> Any:
+        if path in stored:
+            found.add(path)
+            return _checked(path, tree, *stored[path])
+        if isinstance(tree, dict):
+            return {key: make(f"{path}/{key}".lstrip("/"), x) for key, x in tree.items()}
+        if isinstance(tree, list):
+            return [make(f"{path}/{i}".lstrip("/"), x) for i, x in enumerate(tree)]
+        return tree
 
-    if isinstance(tree, dict):
-        return {key: inner(key, entry) for key, entry in tree.items()}
-    if isinstance(tree, list):
-        return [inner(i, entry) for i, entry in enumerate(tree)]
-    return tree
-
-
-def _check_members(path: Any, names: list[str], copies: dict[str, Any]) -> None:
-    missing = sorted(set(copies) - set(names))
+    template = make("", tree)
+    missing = sorted(set(stored) - found)
     if missing:
-        key, _ = copies[missing[0]]
-        raise CheckpointError(
-            f"restore_params: the target has no {missing[0]!r}, which {path} holds as a member of "
-            f"the tie group of {key!r}; pass a target of the structure that was saved"
+        raise ValueError(f"{missing[0][:80]!r} is quantised; expected a leaf that is there")
+    return template
+
+
+def _checked(path: str, tree: Any, qtype: str, axis: int) -> QuantizedArray:
+    """Returns a quantised leaf, after a check that integers, scales, type and axis fit."""
+    if not isinstance(tree, dict) or set(tree) != {"values", "scales"}:
+        raise ValueError(f"{path!r} is quantised; expected values and scales")
+    if qtype not in QTYPES:
+        raise ValueError(f"{path!r} is quantised as {qtype!r}; expected one of {list(QTYPES)}")
+    leaf = QuantizedArray(tree["values"], tree["scales"], qtype, axis)
+    dtype = np.uint8 if qtype in FOUR_BITS else np.int8
+    shapes = leaf.values.shape, leaf.scales.shape
+    same = [n == m for i, (n, m) in enumerate(zip(*shapes, strict=False)) if i != axis]
+    if (
+        leaf.values.dtype != dtype
+        or len(shapes[0]) != len(shapes[1])
+        or axis >= leaf.ndim
+        or not all(same)
+        or leaf.scales.shape[axis] == 0
+        or leaf.shape[axis] % leaf.scales.shape[axis]
+    ):
+        raise ValueError(
+            f"{path!r} is {leaf.values.dtype}{list(shapes[0])} with scales {list(shapes[1])}; "
+            f"expected {np.dtype(dtype)} in blocks along axis {axis}, as {qtype} is stored"
         )
+    return leaf
+
+
+def _check_members(
+    path: Any, target: Mapping[str, Any], copies: Mapping[str, Any], stored: Mapping[str, Any]
+) -> None:
+    """Checks that a target has what was tied, and that what was quantised is so there."""
+    for name, (key, transposed) in copies.items():
+        if name not in target:
+            raise CheckpointError(
+                f"restore_params: the target has no {name!r}, which {path} holds as a member of "
+                f"the tie group of {key!r}; pass a target of the structure that was saved"
+            )
+        leaf = target.get(key)
+        if leaf is None or (transposed and len(np.shape(leaf)) != 2):
+            what = "nothing" if leaf is None else f"of shape {np.shape(leaf)}"
+            raise CheckpointError(
+                f"restore_params: {key!r} is {what}, and {path} holds it as the array of "
+                f"{name!r}; pass a target of the structure that was saved, or restore another "
+                "checkpoint"
+            )
+    for name, leaf in target.items():
+        if is_quantized(leaf) and [leaf.qtype, leaf.axis] != stored.get(name, [None, None]):
+            raise CheckpointError(
+                f"restore_params: {name!r} is quantised as {leaf.qtype} along axis {leaf.axis} in "
+                f"the target, and {_how(stored.get(name))} in {path}; pass a target of the "
+                "structure that was saved"
+            )
+
+
+def _how(stored: Any) -> str:
+    return "not" if stored is None else f"as {stored[0]} along axis {stored[1]}"
 
 
 def _placed(leaves: list[Any], treedef: Any, sharding: Any, path: Any) -> list[Any]:

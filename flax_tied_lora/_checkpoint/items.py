@@ -93,8 +93,9 @@ def encode(item: str, tree: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
 def template_of(directory: epath.Path, listing: Mapping[str, Any]) -> Any:
     """Returns a template of an item as it was saved: dicts, lists (for tuples, too), leaves."""
     with explained("restore: missing or damaged files in", directory, _RESTORE_ANOTHER):
-        stored = ocp.StandardCheckpointHandler().metadata(directory).tree
-        return jax.tree_util.tree_map_with_path(lambda p, _: _example(listing[_name(p)]), stored)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: _example(listing[_name(path)]), _stored(directory)
+        )
 
 
 def decode(directory: epath.Path, listing: Mapping[str, Any], template: Any) -> Any:
@@ -103,24 +104,29 @@ def decode(directory: epath.Path, listing: Mapping[str, Any], template: Any) -> 
     Args:
       directory: of the item.
       listing: what `encode` returned.
-      template: the pytree's structure, with arrays or abstract ones. A leaf that is committed to a
-        sharding, or is a `jax.ShapeDtypeStruct` with one, says where the array goes; others are
-        read to the host, and go where JAX puts new arrays.
+      template: the pytree's structure, with arrays or abstract ones; leaves are known by their
+        names, so that containers may be others than those that were saved. A leaf that is committed
+        to a sharding, or is a `jax.ShapeDtypeStruct` with one, says where the array goes; others
+        are read to the host, and go where JAX puts new arrays.
 
     Raises:
       CheckpointError: the template does not fit, or a file is missing or damaged.
     """
     item = directory.name
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(without_boxes(template))
+    pairs = jax.tree_util.tree_leaves_with_path(without_boxes(template))
     wanted = {_name(path): leaf for path, leaf in pairs}
     _check_fit(item, directory, listing, wanted)
     if not wanted:
         return template
-    request = jax.tree.unflatten(treedef, [_request(leaf) for leaf in wanted.values()])
     with explained("restore: missing or damaged files in", directory, _RESTORE_ANOTHER):
+        # As it was saved: containers of the template may be others.
+        request = jax.tree_util.tree_map_with_path(
+            lambda path, _: _request(wanted[_name(path)]), _stored(directory)
+        )
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             tree = checkpointer.restore(directory, args=ocp.args.StandardRestore(request))
-        arrays = jax.tree.leaves(tree)
+        read = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        arrays = [read[name] for name in wanted]
         sums = jax.device_get([checksum(array) for array in arrays])
     for name, total in zip(wanted, sums, strict=True):
         if int(total) != listing[name]["checksum"]:
@@ -133,6 +139,11 @@ def decode(directory: epath.Path, listing: Mapping[str, Any], template: Any) -> 
         for (name, leaf), array in zip(wanted.items(), arrays, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _stored(directory: epath.Path) -> Any:
+    """Returns Orbax's description of an item as it was saved: of dicts, lists and arrays."""
+    return ocp.StandardCheckpointHandler().metadata(directory).tree
 
 
 def _name(path: Any) -> str:
@@ -206,13 +217,36 @@ def _check_fit(
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         remedy = {
-            "opt_state": "pass the optimizer, or a state of it, that was saved",
+            "opt_state": _which_optimizer(listing, wanted),
             "adapted": "the files belong to another plan; restore another checkpoint",
         }.get(item, f"pass {'target' if item == 'params' else item} as it was saved")
         raise CheckpointError(
             f"restore: {item} in {directory} does not fit: {'; '.join(problems[:3])}{more}. "
             f"Check that it is the right checkpoint, and {remedy}"
         )
+
+
+def _which_optimizer(listing: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Returns what to pass for a state of an optimizer that another template does not fit."""
+    saved, asked = map(_is_of_nnx, (listing, wanted))
+    if saved and not asked:
+        return (
+            "pass the nnx.Optimizer that was saved, on a module that is wrapped with the same "
+            "config, or its nnx.state"
+        )
+    if asked and not saved:
+        return (
+            "pass the Optax optimizer whose state was saved; of an nnx.Optimizer, its opt_state "
+            "alone"
+        )
+    if any(".adapters." in name for name in listing):
+        return "pass the opt_state of the nnx.Optimizer that was saved"
+    return "pass the optimizer, or a state of it, that was saved"
+
+
+def _is_of_nnx(names: Mapping[str, Any]) -> bool:
+    """Returns whether leaves are named like those of an `nnx.Optimizer`: Optax's, and a count."""
+    return "step" in names and all(n.startswith("opt_state.") for n in names if n != "step")
 
 
 def _example(entry: Mapping[str, Any]) -> Any:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_tied_lora._checkpoint.errors import CheckpointError, explained
 from flax_tied_lora._checkpoint.items import encode
+from flax_tied_lora._checkpoint.leftovers import Leftovers
+from flax_tied_lora._checkpoint.record_checks import ITEMS, check_record
+from flax_tied_lora._config.json_fields import COUNT
 
 FORMAT = 1
 _RECORD = "tied_lora"
@@ -42,26 +46,39 @@ def orbax_args(facts: Mapping[str, Any], items: Mapping[str, Any]) -> ocp.args.C
 
 
 def write(path: Any, args: ocp.args.Composite) -> None:
-    """Writes a checkpoint, which has its name only when all of it is written."""
+    """Writes a checkpoint, which has its name only when all of it is written.
+
+    What an earlier save under this name has left is removed, and what this one leaves if it fails.
+    """
     path = absolute(path)
     if path.exists():
         raise CheckpointError(
             f"save: {path} exists already; name another directory, delete this one, or use a "
             "Manager, which keeps the steps of a run side by side"
         )
-    with (
-        explained("save: cannot write", path),
-        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
-    ):
-        checkpointer.save(path, args=args)
+    leftovers = Leftovers(path.parent, path.name, mine=jax.process_index() == 0)
+    leftovers.begin()
+    try:
+        with (
+            explained("save: cannot write", path),
+            ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+        ):
+            checkpointer.save(path, args=args)
+    except CheckpointError:
+        leftovers.failed(path.name)
+        raise
+    finally:
+        leftovers.end()
 
 
-def read_record(path: epath.Path, *fields: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_record(
+    path: epath.Path, kind: Literal["plan", "ties"]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a checkpoint's record and the listings of its items.
 
     Args:
       path: of the checkpoint.
-      *fields: what the record must have; the kinds of checkpoints are told apart by them.
+      kind: what its record must have: a plan, of adapters, or ties, of full params.
 
     Raises:
       CheckpointError: there is no checkpoint of this kind, or it is damaged or of a newer format.
@@ -75,7 +92,7 @@ def read_record(path: epath.Path, *fields: str) -> tuple[dict[str, Any], dict[st
         content = json.loads(file.read_text())
         record, crc32 = content["record"], content["crc32"]
         version = record["format"]
-        if isinstance(version, int) and version > FORMAT:
+        if COUNT.fits(version) and version > FORMAT:
             raise CheckpointError(
                 f"restore: {file} is of format {version}, this version of flax_tied_lora reads up "
                 f"to {FORMAT}; upgrade flax_tied_lora"
@@ -85,17 +102,16 @@ def read_record(path: epath.Path, *fields: str) -> tuple[dict[str, Any], dict[st
                 f"restore: {file} is damaged: its checksum is {_crc32(record)}, expected {crc32}. "
                 "Restore another checkpoint"
             )
-    for field in fields:
-        if field not in record:
-            full = "ties" in record
-            holds = "full params; use restore_params" if full else "adapters; use restore"
+        other = "plan" if kind == "ties" else "ties"
+        if other in record and kind not in record:
+            holds = "adapters; use restore" if kind == "ties" else "full params; use restore_params"
             raise CheckpointError(f"restore: {path} holds {holds}")
-    for item, listing in record["items"].items():
-        if listing and not (path / item).exists():
-            raise CheckpointError(
-                f"restore: {path / item} is missing, though the record lists it; restore another "
-                "checkpoint"
-            )
+        check_record(record)
+    for item in ITEMS[kind]:
+        listed, there = bool(record["items"].get(item)), (path / item).exists()
+        if listed != there:
+            what = "is missing, though the record lists it" if listed else "is not in the record"
+            raise CheckpointError(f"restore: {path / item} {what}; restore another checkpoint")
     return record, record["items"]
 
 

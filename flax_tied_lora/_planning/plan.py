@@ -13,6 +13,14 @@ from flax_tied_lora._algebra.factor import RANK
 from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION, SiteFilter
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import LeafInfo
+from flax_tied_lora._planning.plan_checks import (
+    BIAS,
+    LORA,
+    MODULES_TO_SAVE,
+    TRAINABLE_TOKENS,
+    check_plan,
+)
+from flax_tied_lora._planning.plan_checks import COLLECTIONS as COLLECTIONS
 from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._ties.sources import is_table
 
@@ -20,13 +28,6 @@ FORMAT = 1
 
 # The name of DoRA's array beside the factors.
 MAGNITUDE = "lora_magnitude"
-
-# The collections that adapters are kept in, by their kind.
-LORA = "lora"
-MODULES_TO_SAVE = "modules_to_save"
-TRAINABLE_TOKENS = "trainable_tokens"
-BIAS = "bias"
-COLLECTIONS = (LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS, BIAS)
 
 # A part of a fused leaf: the axis that it is cut along, its start and its stop.
 Span = tuple[int, int, int]
@@ -264,9 +265,10 @@ class Plan:
             content = json.loads(text)
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}; expected {FORMAT}")
+            check_plan(content)
             groups = tuple(_group(entry) for entry in content["groups"])
             return cls.of(groups, LoraConfig.from_dict(content["config"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"not the JSON of a plan: {error!r}") from error
 
 
@@ -281,8 +283,6 @@ def _group(entry: Mapping[str, Any]) -> GroupPlan:
 
 
 def _adapter(entry: Mapping[str, Any]) -> AdapterPlan:
-    if entry["kind"] not in COLLECTIONS:
-        raise ValueError(f"unknown kind of adapter {entry['kind']!r}")
     tuples = {name: tuple(entry[name]) for name in ("members", "tokens", "targets")}
     span = None if entry.get("span") is None else tuple(entry["span"])
     return AdapterPlan(**{**entry, **tuples, "sites": _sites(entry["sites"]), "span": span})

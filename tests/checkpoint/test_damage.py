@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -83,47 +84,50 @@ def edit_record(path, change, fix_checksum=True):
 # Writing that fails half-way
 
 
-@pytest.fixture
-def full_disk(monkeypatch):
+@contextlib.contextmanager
+def full_disk(tmp_path):
+    """A disk that is full when all is written; yields the names that were there then."""
+    names = set()
+
     def fail(self, directory):
+        names.update(path.name for path in tmp_path.iterdir())
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(ocp.StandardCheckpointHandler, "finalize", fail)
-
-
-@pytest.mark.usefixtures("full_disk")
-def test_half_written_checkpoint_has_no_name(tmp_path):
-    with pytest.raises(CheckpointError, match=r"cannot write .*a: .*No space left on device"):
-        checkpoint.save(tmp_path / "a", wrapped())
-    assert not (tmp_path / "a").exists()
-    # Written it was: under another name.
-    assert list(tmp_path.iterdir())
-
-
-def test_half_written_step_is_no_step(tmp_path, monkeypatch):
-    adapted = wrapped()
-    with checkpoint.Manager(tmp_path) as manager:
-        manager.save(1, adapted)
-    with monkeypatch.context() as patch:
-        fail = functools.partial(_raise, OSError("No space left on device"))
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ocp.StandardCheckpointHandler, "finalize", fail)
-        manager = checkpoint.Manager(tmp_path)
-        manager.save(2, adapted)
-        with pytest.raises(CheckpointError, match=r"writing has failed in .*No space left"):
-            manager.wait_until_finished()
-        manager.close()
-    names = {p.name for p in tmp_path.iterdir()}
-    assert any(name.startswith("2.") for name in names)
+        yield names
+
+
+def test_half_written_checkpoint_has_no_name(tmp_path):
+    message = r"cannot write .*a: .*No space left on device"
+    with full_disk(tmp_path) as names, pytest.raises(CheckpointError, match=message):
+        checkpoint.save(tmp_path / "a", wrapped())
+    # Written it was: under another name.
+    assert names
+    assert "a" not in names
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_written_step_is_no_step(tmp_path):
+    adapted = wrapped()
+    with checkpoint.Manager(tmp_path, max_to_keep=1) as manager:
+        manager.save(1, adapted)
+    with full_disk(tmp_path) as names, checkpoint.Manager(tmp_path, max_to_keep=1) as manager:
+        for _ in range(2):
+            manager.save(2, adapted)
+            assert 2 in manager.all_steps()
+            with pytest.raises(CheckpointError, match=r"writing has failed in .*No space left"):
+                manager.wait_until_finished()
+            assert any(name.startswith("2.") for name in names)
+            # Nothing is left of it, and the step that was to go is there.
+            assert [p.name for p in tmp_path.iterdir()] == ["1"]
+            assert manager.all_steps() == [1]
     with checkpoint.Manager(tmp_path) as manager:
         assert manager.all_steps() == [1]
         assert manager.restore(base_params()).step == 1
         assert manager.save(2, adapted)
         manager.wait_until_finished()
         assert manager.restore(base_params()).step == 2
-
-
-def _raise(error, *_):
-    raise error
 
 
 # Damaged files

@@ -137,11 +137,21 @@ def test_no_checkpoint(tmp_path, saved):
     with pytest.raises(CheckpointError, match="holds the steps 7 of a run; open it with Manager"):
         restore(tmp_path / "run")
     (tmp_path / "run" / "8").mkdir()
-    with (
-        checkpoint.Manager(tmp_path / "run") as manager,
-        pytest.raises(CheckpointError, match="8 is no checkpoint of flax_tied_lora"),
-    ):
-        manager.restore(base_params())
+    with checkpoint.Manager(tmp_path / "run") as manager:
+        assert manager.all_steps() == [7]
+        with pytest.raises(CheckpointError, match="8 is no checkpoint of flax_tied_lora"):
+            manager.restore(base_params(), step=8)
+        message = r"step 7 is restored, as step 8 .* cannot be .*8 is no checkpoint .*delete that"
+        with pytest.warns(UserWarning, match=message):
+            manager.restore(base_params())
+        message = r"step 8 .* already exists, and cannot be restored .*8 is no checkpoint .*delete"
+        with pytest.raises(CheckpointError, match=message):
+            manager.save(8, wrapped())
+    shutil.rmtree(tmp_path / "run" / "7")
+    with checkpoint.Manager(tmp_path / "run") as manager:
+        assert manager.latest_step() is None
+        with pytest.raises(CheckpointError, match="8 is no checkpoint of flax_tied_lora"):
+            manager.restore(base_params())
 
 
 def test_adapters_and_params_are_not_mixed_up(tmp_path, saved):

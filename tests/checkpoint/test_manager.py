@@ -18,6 +18,7 @@ import pytest
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import checkpoint
+from flax_tied_lora.checkpoint import CheckpointError
 
 VOCAB, WIDTH = 32, 16
 
@@ -167,7 +168,8 @@ def test_manager_keeps_the_latest(tmp_path):
         assert manager.latest_step() is None
         for step, adapted in adapteds.items():
             assert manager.save(step, adapted)
-        assert not manager.save(5, adapteds[5])
+        with pytest.raises(CheckpointError, match=r"step 5 in .* already exists; save a later one"):
+            manager.save(5, adapteds[5])
         manager.wait_until_finished()
         assert manager.all_steps() == [3, 5]
     with checkpoint.Manager(tmp_path / "run") as manager:

@@ -23,6 +23,7 @@ OTHERS = {
 SEVERAL = {
     "checkpoint/test_damage.py": "records and stored trees that are damaged",
     "checkpoint/test_errors.py": "what each function refuses",
+    "checkpoint/test_fuzz.py": "records that are edited at random",
     "nnx/test_sharding.py": "modules on a mesh",
     "nnx/test_slots.py": "modules with stacked adapters",
     "nnx/test_training.py": "loops that train a module",
