@@ -15,11 +15,12 @@ from flax_tied_lora._config.checks import as_tuple
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter
 from flax_tied_lora._planning.plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS
-from flax_tied_lora._tree.paths import layer_index, matches
+from flax_tied_lora._tree.paths import Listed, layer_index, matches
 
 PEFT_VERSION = "0.21.2"
 # The names of the layers that PEFT can tie (peft.utils.constants).
 _EMBEDDINGS = ("embed_tokens", "lm_head")
+_LISTED = ("target_modules", "exclude_modules")
 _LINEAR = ("linear", "conv1d")
 
 
@@ -81,6 +82,8 @@ def _targeted(
     targets = fields["target_modules"]
     if targets is None:
         return set()
+    listed = {f: Listed(fields[f] or ()) for f in _LISTED if not isinstance(fields[f], str)}
+    fields = {**fields, **listed}
     named = {m for m in modules if _is_target(fields, m, modules[m], heads)}
     if isinstance(targets, str):
         embedding = any(re.fullmatch(targets, name) for name in _EMBEDDINGS)
@@ -97,15 +100,13 @@ def _tied(modules: Mapping[str, str], heads: set[str], names: Names) -> set[str]
 
 def _is_target(fields: Mapping[str, Any], module: str, kind: str, heads: set[str]) -> bool:
     targets, excluded = fields["target_modules"], fields["exclude_modules"]
-    if excluded:
-        excluded = excluded if isinstance(excluded, str) else tuple(excluded)
-        if matches(excluded, module) is not None:
-            return False
+    if excluded and matches(excluded, module) is not None:
+        return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             return kind in _LINEAR and module not in heads and module != "lm_head"
         return re.fullmatch(targets, module) is not None
-    if matches(tuple(targets), module) is None:
+    if matches(targets, module) is None:
         return False
     wanted = fields["layers_to_transform"]
     if wanted is None:
