@@ -200,9 +200,10 @@ class LoraConfig:
 
         Raises:
             TypeError: Not a mapping; and all that `LoraConfig` raises.
+            ValueError: A regex may take hours to match; `LoraConfig` itself takes it, as PEFT.
             NotImplementedError: A field that only PEFT has is not at PEFT's default.
         """
-        return cls(**as_dict.from_dict(fields))
+        return cls(**as_dict.from_others(fields))
 
     @classmethod
     def from_json(cls, text: str) -> LoraConfig:

@@ -12,6 +12,7 @@ import numpy as np
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._config.axes_and_parts import OWN_KEY
 from flax_tied_lora._config.checks import as_tuple
+from flax_tied_lora._config.regexes import problem
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter
 from flax_tied_lora._planning.plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS
@@ -50,7 +51,7 @@ def config_of(
     heads = {head for tied in names.tied.values() for head in tied}
 
     wanted = [m for a in lora for m in a.modules]
-    if _targeted(fields, modules, heads, names, flag) != set(wanted):
+    if _is_slow(fields) or _targeted(fields, modules, heads, names, flag) != set(wanted):
         fields |= {
             "target_modules": wanted, "exclude_modules": None, "layers_to_transform": None,
             "layers_pattern": None,
@@ -73,6 +74,12 @@ def config_of(
     fields["inference_mode"] = True  # as PEFT saves it
     fields["peft_version"] = fields["peft_version"] or PEFT_VERSION
     return dict(sorted(fields.items()))
+
+
+def _is_slow(fields: Mapping[str, Any]) -> bool:
+    """Returns whether there is a regex that `load_adapter` would refuse."""
+    regexes = [fields[f] for f in _LISTED if isinstance(fields[f], str)]
+    return any(map(problem, [*regexes, *as_tuple(fields["layers_pattern"])]))
 
 
 def _targeted(
@@ -149,9 +156,10 @@ def _put_ranks(fields: dict[str, Any], adapted: Adapted, lora: Sequence[TorchAda
             written = config.alpha_for(module)
             same = math.isclose(written / divisor, scaling, rel_tol=1e-6)
             alphas[module] = written if same else scaling * divisor
-    if any(config.rank_for(m) != rank for m, rank in ranks.items()):
+    slow = any(map(problem, [*config.rank_pattern, *config.alpha_pattern]))
+    if slow or any(config.rank_for(m) != rank for m, rank in ranks.items()):
         fields["rank_pattern"] = {m: rank for m, rank in ranks.items() if rank != config.r}
-    if any(config.alpha_for(m) != alpha for m, alpha in alphas.items()):
+    if slow or any(config.alpha_for(m) != alpha for m, alpha in alphas.items()):
         fields["alpha_pattern"] = {
             m: alpha for m, alpha in alphas.items() if alpha != config.lora_alpha
         }
