@@ -11,7 +11,8 @@ import jax
 from typing_extensions import TypeVar
 
 from flax_tied_lora._algebra.factor import pytree
-from flax_tied_lora._planning.plan import COLLECTIONS, LORA, GroupPlan, Plan
+from flax_tied_lora._planning.plan import LORA, GroupPlan, Plan
+from flax_tied_lora._planning.plan_checks import COLLECTIONS
 from flax_tied_lora._tree.boxes import unboxed
 from flax_tied_lora._tree.keys import typed_key
 from flax_tied_lora._tree.paths import TiedLeaf, describe, flatten

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flax_tied_lora._config import regexes
 from flax_tied_lora._config.axes_and_parts import OWN_FIELDS, OWN_KEY
 from flax_tied_lora._config.checks import not_carried_out
+from flax_tied_lora._config.patterns import is_name
 
 # Fields of PEFT's config that this library does not carry out, with PEFT's defaults: no fields of
 # `LoraConfig`, but keys of every file. One that is carried out moves from here to `LoraConfig`.
@@ -61,6 +64,43 @@ def from_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
         elif name != OWN_KEY:
             found[str(name)] = value
     return found | {str(name): value for name, value in ours.items()}
+
+
+def from_others(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `from_dict` does, where somebody else may have written the regexes.
+
+    Raises:
+      ValueError: matching one of them may take without bound; and all that `from_dict` raises.
+    """
+    found = from_dict(fields)
+    for field, pattern in _regexes(found):
+        if why := regexes.problem(pattern):
+            raise ValueError(
+                f"LoraConfig: {field}={pattern!r} in a file or a dict may take hours to match: "
+                f"{why}. List the names in its place; or if you trust it, "
+                f"give it yourself, LoraConfig({field}=...)"
+            )
+    return found
+
+
+def _regexes(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for field in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = fields.get(field)
+        if isinstance(value, str) and _is_regex(value):
+            yield field, value
+    for field in ("layers_pattern", "rank_pattern", "alpha_pattern", "axes", "parts"):
+        value = fields.get(field)
+        for pattern in value if isinstance(value, Mapping | list | tuple) else ():
+            if isinstance(pattern, str) and not is_name(pattern) and _is_regex(pattern):
+                yield field, pattern
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False  # which `LoraConfig` says better
+    return True
 
 
 def from_json(text: str) -> Any:

@@ -6,7 +6,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._config.checks import FrozenMapping, pattern_value, patterns
+from flax_tied_lora._config.checks import patterns
+from flax_tied_lora._config.patterns import FrozenMapping, pattern_value
 
 # The key of ``to_dict`` that holds the fields which PEFT does not know; PEFT's files go without.
 OWN_KEY = "flax_tied_lora"

@@ -5,12 +5,15 @@ All raise errors of the form "LoraConfig: field=value (type); expected ...".
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
+
+from flax_tied_lora._config.patterns import FrozenMapping, check_inside, is_name
+from flax_tied_lora._tree.paths import Listed
 
 _V = TypeVar("_V")
 PISSA_NITER = re.compile(r"pissa_niter_([0-9]+)")
@@ -22,35 +25,6 @@ _Named = Literal[True, False, "gaussian", "pissa", "olora", "orthogonal"]
 # Any number of iterations will do, of which a type can only list some.
 Initialisation = _Named | Literal["pissa_niter_4", "pissa_niter_8", "pissa_niter_16"]
 _ONLY_PEFTS = ("eva", "corda", "loftq", "mica", "lora_ga")
-
-
-class FrozenMapping(Mapping[str, _V]):
-    """A hashable dict that keeps its order, and for which order counts (the first match wins)."""
-
-    __slots__ = ("_items",)
-
-    def __init__(self, items: Mapping[str, _V] | None = None) -> None:
-        self._items = dict(items or {})
-
-    def __getitem__(self, key: str) -> _V:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Mapping):
-            return NotImplemented
-        return list(self.items()) == list(other.items())
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._items.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._items)
 
 
 def positive_int(field: str, value: Any) -> int:
@@ -131,7 +105,7 @@ def names(field: str, value: Any) -> tuple[str, ...] | str | None:
         return regex(field, value)
     checked = _strings(field, value, "a list of strings, one string, or None")
     _no_duplicates(field, checked)
-    return checked
+    return Listed(checked)
 
 
 def layer_names(field: str, value: Any) -> tuple[str, ...] | str | None:
@@ -149,7 +123,7 @@ def name_list(field: str, value: Any) -> tuple[str, ...] | None:
     """
     if value is None:
         return None
-    return tuple(dict.fromkeys(_strings(field, value, "a list of strings or None")))
+    return Listed(dict.fromkeys(_strings(field, value, "a list of strings or None")))
 
 
 def token_indices(field: str, value: Any) -> tuple[int, ...] | FrozenMapping[Any] | None:
@@ -206,29 +180,15 @@ def regex(field: str, value: str, inside: bool = False) -> str:
     """Returns a valid regex that is not empty; `inside`: one that can be part of a longer one."""
     if not value:
         raise _wrong(ValueError, field, value, "a name or a regex, found an empty string")
+    if is_name(value):
+        return value  # compiling it takes fifty times as long
     try:
         re.compile(value)
         if inside:  # "(?i)a" cannot be
-            _at_the_end(value)
+            check_inside(value)
     except re.error as error:
         raise _wrong(ValueError, field, value, f"a regex; {error}") from error
     return value
-
-
-def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Returns the value of the first pattern that matches the end of `path`, as PEFT does.
-
-    Follows ``peft.utils.get_pattern_key``: the pattern must match the whole dotted path, or all
-    that follows one of its dots. A "/" in a pattern stands for a dot.
-    """
-    if not patterns:
-        return default
-    dotted = path.replace("/", ".")
-    for pattern, value in patterns.items():
-        if _at_the_end(pattern.replace("/", r"\.")).match(dotted):
-            return value
-    # A name with regex characters ("a+b") does not match itself; PEFT then takes it literally.
-    return patterns.get(path, patterns.get(dotted, default))
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
@@ -236,11 +196,6 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-@functools.cache
-def _at_the_end(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _real(field: str, value: Any, expected: str) -> int | float:
@@ -272,8 +227,7 @@ def _token_list(field: str, value: Any, expected: str) -> tuple[int, ...]:
 
 
 def _no_duplicates(field: str, value: Any) -> None:
-    seen = list(value)
-    double = sorted({item for item in seen if seen.count(item) > 1})
+    double = sorted(item for item, count in Counter(value).items() if count > 1)
     if double:
         raise _wrong(ValueError, field, value, f"each once, found {double} more than once")
 

@@ -18,8 +18,9 @@ from typing import Any, Literal, get_args
 from flax_tied_lora._config import as_dict
 from flax_tied_lora._config import axes_and_parts as own
 from flax_tied_lora._config import checks as check
-from flax_tied_lora._config.checks import Bias, FrozenMapping, Initialisation, TaskType
+from flax_tied_lora._config.checks import Bias, Initialisation, TaskType
 from flax_tied_lora._config.keywords import with_hints
+from flax_tied_lora._config.patterns import FrozenMapping
 
 _EMPTY: FrozenMapping[Any] = FrozenMapping()
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
@@ -199,9 +200,10 @@ class LoraConfig:
 
         Raises:
             TypeError: Not a mapping; and all that `LoraConfig` raises.
+            ValueError: A regex may take hours to match; `LoraConfig` itself takes it, as PEFT.
             NotImplementedError: A field that only PEFT has is not at PEFT's default.
         """
-        return cls(**as_dict.from_dict(fields))
+        return cls(**as_dict.from_others(fields))
 
     @classmethod
     def from_json(cls, text: str) -> LoraConfig:
@@ -263,7 +265,7 @@ def _refuse_layers_of_a_regex(config: LoraConfig) -> None:
 
 
 def _refuse_named_twice(config: LoraConfig) -> None:
-    excluded = check.as_tuple(config.exclude_modules)
+    excluded = set(check.as_tuple(config.exclude_modules))
     both = [t for t in check.as_tuple(config.target_modules) if t in excluded]
     if both:
         raise ValueError(

@@ -19,10 +19,10 @@ _IN_PLACE = frozenset(
     {"convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard",
      "reduce_precision", "name"}
 )  # fmt: skip
-# Make an entry of the entries in its place.
-_ENTRY_BY_ENTRY = frozenset(
-    {"add", "sub", "mul", "neg", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not",
-     "select_n", "max", "min", "rem", "clamp"}
+# Vary where their operands do: an entry is made of those in its place.
+_FOLLOWED = _IN_PLACE | frozenset(
+    {"broadcast_in_dim", "add", "sub", "mul", "neg", "eq", "ne", "lt", "le", "gt", "ge", "and",
+     "or", "not", "select_n", "max", "min", "rem", "clamp"}
 )  # fmt: skip
 
 
@@ -38,11 +38,14 @@ class Provenance:
     one_hot: frozenset[tuple[int, int]] = frozenset()
     _made_by: dict[Var, tuple[JaxprEqn, int]] = dataclasses.field(default_factory=dict)
     _inputs: dict[Var, int] = dataclasses.field(default_factory=dict)
+    # What was found out of each variable: a value that goes into two operations is read once.
+    _known: dict[tuple[str, Var], Axes] = dataclasses.field(default_factory=dict)
 
     def enter(self, jaxpr: Jaxpr) -> None:
         """Goes by the equations of this jaxpr from now on."""
         self._made_by = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
         self._inputs = {v: i for i, v in enumerate(jaxpr.invars)}
+        self._known = {}
 
     def one_hot_axes(self, var: Any) -> Axes:
         """Returns the axes along which at most one entry of an array is not zero.
@@ -50,6 +53,9 @@ class Provenance:
         Known of what compares indices with a range, as `jax.nn.one_hot` and `jnp.eye` do, and of
         rearrangements of it. An axis that was put together of several is none of them.
         """
+        return self._once("one-hot", self._one_hot, var)
+
+    def _one_hot(self, var: Any) -> Axes:
         if not isinstance(var, Literal) and var in self._inputs:
             position = self._inputs[var]
             return frozenset(axis for i, axis in self.one_hot if i == position)
@@ -68,6 +74,9 @@ class Provenance:
 
     def _counted_axes(self, var: Any) -> Axes:
         """Returns the axes along which no two entries of an array of integers are the same."""
+        return self._once("counted", self._counted, var)
+
+    def _counted(self, var: Any) -> Axes:
         eqn, position = self._maker(var)
         if eqn is None:
             return frozenset()
@@ -88,22 +97,44 @@ class Provenance:
 
     def varying_axes(self, var: Any) -> tuple[int, ...]:
         """Returns the axes along which an array may vary; it is constant along the others."""
+        todo = [var]  # and no recursion: thousands of operations may follow on one another
+        while todo:
+            eqn, _ = self._maker(todo[-1])
+            read = eqn.invars if eqn is not None and eqn.primitive.name in _FOLLOWED else ()
+            unknown = [v for v in read if not self._knows("varying", v)]
+            todo += unknown
+            if not unknown:
+                self._once("varying", self._varying, todo.pop())
+        return tuple(sorted(self._once("varying", self._varying, var)))
+
+    def _varying(self, var: Any) -> Axes:
         shape = _shape(var)
-        every = tuple(i for i, n in enumerate(shape) if n != 1)
+        every = frozenset(i for i, n in enumerate(shape) if n != 1)
         eqn, _ = self._maker(var)
         if eqn is None:
             return every
         name = eqn.primitive.name
         if name == "iota":
-            return tuple(i for i in every if i == eqn.params["dimension"])
+            return every & {eqn.params["dimension"]}
         if name == "broadcast_in_dim":
             inner, before = self.varying_axes(eqn.invars[0]), _shape(eqn.invars[0])
             dims = eqn.params["broadcast_dimensions"]
-            return tuple(d for i, d in enumerate(dims) if i in inner and before[i] == shape[d])
-        if name in _IN_PLACE or name in _ENTRY_BY_ENTRY:
+            return frozenset(d for i, d in enumerate(dims) if i in inner and before[i] == shape[d])
+        if name in _FOLLOWED:
             whole = [v for v in eqn.invars if _shape(v) == shape]  # a scalar varies along no axis
-            return tuple(i for i in every if any(i in self.varying_axes(v) for v in whole))
+            return every & {i for v in whole for i in self.varying_axes(v)}
         return every
+
+    def _knows(self, what: str, var: Any) -> bool:
+        return isinstance(var, Literal) or (what, var) in self._known
+
+    def _once(self, what: str, find: Callable[[Any], Axes], var: Any) -> Axes:
+        """Returns what is found out of a value; of a variable it is found out once."""
+        if isinstance(var, Literal):
+            return find(var)
+        if (what, var) not in self._known:
+            self._known[what, var] = find(var)
+        return self._known[what, var]
 
     def _maker(self, var: Any) -> tuple[JaxprEqn | None, int]:
         """Returns the equation that made a value, if one did, and which of its outputs it is."""

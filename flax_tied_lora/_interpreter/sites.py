@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections import Counter
@@ -92,7 +93,16 @@ class CallSites:
 
     def of(self, *leaves: str) -> tuple[CallSite, ...]:
         """Returns the sites that read one of the leaves."""
-        return tuple(s for s in self.sites if s.leaf in leaves)
+        found = sorted(i for leaf in set(leaves) for i in self._positions.get(leaf, ()))
+        return tuple(self.sites[i] for i in found)
+
+    @functools.cached_property
+    def _positions(self) -> dict[str, list[int]]:
+        """Where the sites of each leaf are: a plan asks for those of each of its groups."""
+        positions: dict[str, list[int]] = {}
+        for i, site in enumerate(self.sites):
+            positions.setdefault(site.leaf, []).append(i)
+        return positions
 
     def leaves(self) -> tuple[str, ...]:
         """Returns the paths of the leaves that are read, in the order of their first site."""
@@ -136,9 +146,9 @@ def numbered(reads: Iterable[Read]) -> tuple[Read, ...]:
     result = []
     for read in reads:
         key = read.site.leaf, read.site.operation
-        result.append(
-            dataclasses.replace(read, site=dataclasses.replace(read.site, ordinal=seen[key]))
-        )
+        if read.site.ordinal != seen[key]:
+            read = dataclasses.replace(read, site=dataclasses.replace(read.site, ordinal=seen[key]))
+        result.append(read)
         seen[key] += 1
     return tuple(result)
 
@@ -164,6 +174,7 @@ _WRAPPED = re.compile(r"\b(jvp|transpose|vmap|jit|pjit|shard_map|remat|checkpoin
 _MARKS = frozenset({"", "while", "body", "cond", "checkpoint", "rematted_computation"})
 
 
+@functools.lru_cache(maxsize=1024)
 def module_scope(*stacks: str) -> str:
     """Returns the module path of name stacks, outermost first, without transformations' marks.
 

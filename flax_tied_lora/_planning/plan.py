@@ -5,22 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax_tied_lora._algebra.factor import RANK
 from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION, SiteFilter
+from flax_tied_lora._config.as_dict import from_dict
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import LeafInfo
-from flax_tied_lora._planning.plan_checks import (
-    BIAS,
-    LORA,
-    MODULES_TO_SAVE,
-    TRAINABLE_TOKENS,
-    check_plan,
-)
-from flax_tied_lora._planning.plan_checks import COLLECTIONS as COLLECTIONS
+from flax_tied_lora._planning import plan_checks
+from flax_tied_lora._planning.plan_checks import BIAS, LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS
 from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._ties.sources import is_table
 
@@ -209,14 +205,10 @@ class Plan:
     @classmethod
     def of(cls, groups: tuple[GroupPlan, ...], config: LoraConfig) -> Plan:
         """Returns the plan with these groups and config."""
-        key = (groups, config)
-        number = hash(key)
-        for plan in _PLANS.get(number, ()):
-            if (plan.groups, plan.config) == key:
-                return plan
-        plan = cls(groups, config, number)
-        _PLANS.setdefault(number, weakref.WeakSet()).add(plan)
-        return plan
+        content = _Content((hash((groups, config)), groups, config))
+        with _LOCK:
+            plan = _PLANS.get(content) or cls(groups, config, content[0])
+            return _PLANS.setdefault(content, plan)
 
     def __hash__(self) -> int:
         return self._hash
@@ -265,14 +257,23 @@ class Plan:
             content = json.loads(text)
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}; expected {FORMAT}")
-            check_plan(content)
+            plan_checks.check_plan(content)
             groups = tuple(_group(entry) for entry in content["groups"])
-            return cls.of(groups, LoraConfig.from_dict(content["config"]))
+            config = from_dict(content["config"])  # nothing is matched again: any pattern is taken
+            return cls.of(groups, LoraConfig(**config))
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"not the JSON of a plan: {error!r}") from error
 
 
-_PLANS: dict[int, weakref.WeakSet[Plan]] = {}
+class _Content(tuple[int, tuple[GroupPlan, ...], LoraConfig]):
+    """What a plan is interned by: a hash, which is computed once, and what it is of."""
+
+    def __hash__(self) -> int:
+        return self[0]
+
+
+_PLANS: weakref.WeakValueDictionary[_Content, Plan] = weakref.WeakValueDictionary()
+_LOCK = threading.RLock()  # the collector may run any code while one is looked up
 
 
 def _group(entry: Mapping[str, Any]) -> GroupPlan:

@@ -7,19 +7,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION, Role, module_path
-from flax_tied_lora._config.axes_and_parts import parts_of_leaf
 from flax_tied_lora._config.checks import as_tuple
 from flax_tied_lora._config.config import LoraConfig
-from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._interpreter.sites import CallSite, CallSites
 from flax_tied_lora._planning.all_linear import ALL_LINEAR, all_linear
 from flax_tied_lora._planning.axes import SITES_LINE
-from flax_tied_lora._planning.matches import Hit, Hits, adaptable, excluded, stacked_hint
+from flax_tied_lora._planning.matches import (
+    Candidates,
+    Hit,
+    Hits,
+    adaptable,
+    excluded,
+    in_layer,
+    part_names,
+    stacked_hint,
+)
 from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._ties.sources import is_table
 from flax_tied_lora._tree.paths import (
     describe,
     dotted,
-    layer_index,
+    ending_with,
     leaf_name,
     matches,
     module_of,
@@ -28,6 +36,8 @@ from flax_tied_lora._tree.paths import (
 
 # What Flax calls leaves that are added or multiplied in, entry by entry.
 _VECTORS = ("bias", "scale")
+# How many names that mean nothing get a remedy: each costs a look at every name there is.
+SHOWN = 10
 # Names by which PEFT's users mean a role in a tied group, whatever its modules are called.
 ROLES: dict[str, Role] = {"embed_tokens": LOOKUP, "lm_head": PROJECTION}
 
@@ -67,13 +77,15 @@ def resolve(
         return by_parameter | all_linear(config, leaves, groups, sites)
     hits: dict[str, list[Hit]] = {}
     unmatched = []
+    candidates = Candidates(config, leaves, sites)
     for target in (targets,) if isinstance(targets, str) else targets:
         pattern = target if isinstance(targets, str) else (target,)
-        named, refused = _by_path(target, pattern, config, leaves, by_leaf, sites)
+        among = candidates.leaves(target)
+        named, refused = _by_path(target, pattern, config, among, by_leaf, sites)
         # A tied head may have a leaf of its own that is no matrix: its bias.
         named = (
             named
-            or _by_scope(target, pattern, config, by_leaf, sites)
+            or _by_scope(target, pattern, config, by_leaf, candidates.sites(target))
             or _by_role(target, groups, sites)
         )
         if refused and not named:
@@ -89,13 +101,16 @@ def resolve(
     if not hits:
         text = _nothing_named("target_modules", targets, unmatched, leaves, sites)
         whole = isinstance(targets, str)
-        hints = [stacked_hint(config, t, t if whole else (t,), leaves) for t in unmatched]
-        hints += [_parts_hint(config, t, leaves) for t in unmatched]
+        few = unmatched[:SHOWN]
+        hints = [stacked_hint(config, t, t if whole else (t,), leaves) for t in few]
+        hints += [_parts_hint(config, t, leaves) for t in few]
         raise ValueError(text + next(filter(None, hints), ""))
-    for target in unmatched:
+    for number, target in enumerate(unmatched[:SHOWN], 1):
+        more = len(unmatched) - SHOWN if number == SHOWN else 0
         warnings.warn(
             f"wrap: {target!r} in target_modules names no leaf, module or call site; nearby: "
-            f"{', '.join(map(repr, nearby(target, _modules(leaves))))}",
+            f"{', '.join(map(repr, nearby(target, _modules(leaves))))}"
+            + (f". So do {more} more" if more > 0 else ""),
             UnmatchedTargetWarning,
             stacklevel=6,
         )
@@ -152,13 +167,17 @@ def _parameters(
     config: LoraConfig, leaves: Mapping[str, Any], by_leaf: Mapping[str, TieGroup]
 ) -> Hits:
     hits: dict[str, list[Hit]] = {}
-    for target in as_tuple(config.target_parameters):
-        named = [
-            (path, part)
-            for path, leaf in leaves.items()
-            for part in ("", *_part_names(config, path, leaf))
-            if matches((target,), f"{path}:{part}" if part else path) is not None
-        ]
+    targets = as_tuple(config.target_parameters)
+    by_target = ending_with(
+        targets,
+        (
+            ((path, part), [f"{path}:{part}" if part else path])
+            for path, leaf in (leaves.items() if targets else ())
+            for part in ("", *part_names(config, path, leaf))
+        ),
+    )
+    for target in targets:
+        named = by_target[dotted(target)]
         if not named:
             raise ValueError(_nothing_named("target_parameters", target, [target], leaves, None))
         for path, part in named:
@@ -177,7 +196,7 @@ def _parts_hint(config: LoraConfig, target: str, leaves: Mapping[str, Any]) -> s
     for path, leaf in leaves.items() if part else ():
         named = matches((module,), path) or matches((module,), module_of(path))
         if named and adaptable(leaf):
-            parts = _part_names(config, path, leaf)
+            parts = part_names(config, path, leaf)
             listed = ", ".join(map(repr, parts)) or "none; name them in parts={...}"
             return f". The parts of {path!r} are {listed}"
     return ""
@@ -191,15 +210,6 @@ def _examples(leaves: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(m.rpartition("/")[2] for m in _modules(leaves)))[:4]
 
 
-def _in_layer(config: LoraConfig, module: str) -> bool:
-    wanted = config.layers_to_transform
-    if wanted is None or isinstance(config.target_modules, str):
-        return True
-    patterns = config.layers_pattern
-    index = layer_index(module, (patterns,) if isinstance(patterns, str) else patterns)
-    return index in ((wanted,) if isinstance(wanted, int) else wanted)
-
-
 def _by_path(
     target: str, pattern: Any, config: LoraConfig, leaves: Mapping[str, Any],
     by_leaf: Mapping[str, TieGroup], sites: CallSites | None,
@@ -208,12 +218,12 @@ def _by_path(
     named, refused, left_out = [], [], False
     for path, leaf in leaves.items():
         module = module_of(path)
-        for part in ("", *_part_names(config, path, leaf)):
+        for part in ("", *part_names(config, path, leaf)):
             tail = f":{part}" if part else ""
             whole = matches(pattern, path + tail) is not None
             if not whole and (not module or matches(pattern, module + tail) is None):
                 continue
-            if excluded(config, path, module, path + tail, module + tail) or not _in_layer(
+            if excluded(config, path, module, path + tail, module + tail) or not in_layer(
                 config, module
             ):
                 left_out |= adaptable(leaf)
@@ -223,10 +233,6 @@ def _by_path(
             else:
                 refused.append(f"{path!r} {describe(leaf)}{_read_by(path, by_leaf[path], sites)}")
     return named, [] if named or left_out else refused
-
-
-def _part_names(config: LoraConfig, path: str, leaf: Any) -> Iterable[str]:
-    return parts_of_leaf(config.parts, path, tuple(leaf.shape)) if adaptable(leaf) else ()
 
 
 def _read_by(path: str, group: TieGroup, sites: CallSites | None) -> str:
@@ -248,16 +254,16 @@ def _is_vector(path: str, group: TieGroup, sites: CallSites | None) -> bool:
 
 def _by_scope(
     target: str, pattern: Any, config: LoraConfig, by_leaf: Mapping[str, TieGroup],
-    sites: CallSites | None,
+    sites: Iterable[CallSite],
 ) -> list[tuple[str, Hit]]:  # fmt: skip
     named = []
-    for site in sites or ():
+    for site in sites:
         # "Model/embed_tokens.attend" is the module embed_tokens, in its method attend.
         scope = module_path(site.scope)
         names = [n for n in (site.scope, scope) if n]
         if site.leaf not in by_leaf or site.role == OTHER or excluded(config, *names, site.leaf):
             continue
-        if any(matches(pattern, n) is not None for n in names) and _in_layer(config, scope):
+        if any(matches(pattern, n) is not None for n in names) and in_layer(config, scope):
             named.append((by_leaf[site.leaf].key, Hit(target, scope, scope=scope)))
     return named
 
@@ -281,7 +287,7 @@ def _nothing_named(
     sites: CallSites | None,
 ) -> str:  # fmt: skip
     names = _modules(leaves)
-    close = [n for target in unmatched for n in nearby(target, names)]
+    close = [n for target in unmatched[:SHOWN] for n in nearby(target, names)]
     text = (
         f"wrap: {field}={value!r} names no leaf, module or call site; "
         f"nearby: {', '.join(map(repr, dict.fromkeys(close)))}"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._config.axes_and_parts import parts_of_leaf, said_of
-from flax_tied_lora._config.checks import pattern_value
+from flax_tied_lora._config.axes_and_parts import parts_of_leaf
 from flax_tied_lora._config.config import LoraConfig
+from flax_tied_lora._config.patterns import FrozenMapping, pattern_value
 from flax_tied_lora._planning.matches import Hits, by_part, numbered
-from flax_tied_lora._planning.targets import UnmatchedTargetWarning
+from flax_tied_lora._planning.targets import SHOWN, UnmatchedTargetWarning
 from flax_tied_lora._ties.groups import TieGroup
-from flax_tied_lora._tree.paths import describe, nearby
+from flax_tied_lora._tree.paths import describe, module_of, nearby
 
 _NOTHING = object()
 
@@ -31,24 +31,34 @@ def check_patterns(
         parts = parts_of_leaf(config.parts, hit.leaf, leaves[hit.leaf].shape) if hit.leaf else {}
         modules |= {f"{hit.module}:{part}": "" for part in parts}
     for field in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in getattr(config, field).items():
-            alone = {pattern: value}
-            if all(pattern_value(alone, m, _NOTHING) is _NOTHING for m in modules):
-                _refuse_layer(field, alone, modules, leaves)
-                _warn(field, pattern, modules)
+        mapping = getattr(config, field)
+        unused = _unused(mapping, modules)
+        for pattern in unused:
+            _refuse_layer(field, {pattern: mapping[pattern]}, modules, leaves)
+        _warn(field, unused, modules)
     paths = [path for group in groups if group.key in hits for path in group.paths]
+    names = [name for path in paths for name in (path, module_of(path)) if name]
     for field in ("axes", "parts"):
-        for pattern, value in getattr(config, field).items():
-            if all(said_of({pattern: value}, path) is None for path in paths):
-                _warn(field, pattern, modules)
+        _warn(field, _unused(getattr(config, field), names), modules)
 
 
-def _warn(field: str, pattern: str, modules: Mapping[str, str]) -> None:
+def _unused(mapping: FrozenMapping[Any], names: Iterable[str]) -> list[str]:
+    used = {p for name in names for p in mapping.index.matching(name)} if mapping else set()
+    return [pattern for pattern in mapping if pattern not in used]
+
+
+def _warn(field: str, unused: Sequence[str], modules: Mapping[str, str]) -> None:
+    for number, pattern in enumerate(unused[:SHOWN], 1):
+        more = len(unused) - SHOWN if number == SHOWN else 0
+        _warn_of(field, pattern, modules, f". So are {more} more" if more > 0 else "")
+
+
+def _warn_of(field: str, pattern: str, modules: Mapping[str, str], more: str) -> None:
     warnings.warn(
         f"wrap: {pattern!r} in {field} is for no module that is adapted; these are: "
-        f"{', '.join(map(repr, nearby(pattern, modules)))}",
+        f"{', '.join(map(repr, nearby(pattern, modules)))}{more}",
         UnmatchedTargetWarning,
-        stacklevel=7,
+        stacklevel=8,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from flax_tied_lora._adapters.adapted import Adapted
-from flax_tied_lora._config.checks import pattern_value
+from flax_tied_lora._config.patterns import pattern_value
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
 from flax_tied_lora._tree.paths import layer_index, module_of, nearby
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from flax_tied_lora._tree.quantized_array import is_quantized
 
+_T = TypeVar("_T")
 # What a box (`nn.Partitioned`, `nnx.Variable`) calls the array it holds; not part of a leaf's name.
 _BOX_FIELDS = frozenset({"value", "raw_value"})
 
@@ -126,6 +128,15 @@ def dotted(path: str) -> str:
     return path.replace("/", ".")
 
 
+class Listed(tuple[str, ...]):
+    """Names of modules, each of which means every path that ends with it; many take no longer."""
+
+    @functools.cached_property
+    def positions(self) -> dict[str, int]:
+        """Where each name stands first, by its dotted spelling."""
+        return {dotted(name): i for i, name in reversed(list(enumerate(self)))}
+
+
 def matches(target: str | Collection[str], path: str) -> str | None:
     """Returns the target that names ``path``, or None.
 
@@ -136,11 +147,42 @@ def matches(target: str | Collection[str], path: str) -> str | None:
     spellings = (path, dotted(path))
     if isinstance(target, str):
         return target if any(re.fullmatch(target, s) for s in spellings) else None
+    if isinstance(target, Listed):
+        found = [target.positions[t] for t in tails(path) if t in target.positions]
+        return target[min(found)] if found else None
     for name in target:
         tail = dotted(name)
         if spellings[1] == tail or spellings[1].endswith("." + tail):
             return name
     return None
+
+
+def tails(path: str) -> list[str]:
+    """Returns the dotted names that a path ends with, entry for entry: itself comes first.
+
+    >>> tails("layers/0/q_proj")
+    ['layers.0.q_proj', '0.q_proj', 'q_proj']
+    """
+    entries = dotted(path).split(".")
+    return [".".join(entries[i:]) for i in range(len(entries))]
+
+
+def ending_with(
+    targets: Iterable[str], named: Iterable[tuple[_T, Iterable[str]]]
+) -> dict[str, list[_T]]:
+    """Returns, for each target, the things that it names in a list of targets, as `matches` has it.
+
+    In one pass over the things, however many targets there are.
+
+    Args:
+      named: each thing with its paths.
+    """
+    found: dict[str, list[_T]] = {dotted(target): [] for target in targets}
+    for thing, paths in named:
+        for tail in dict.fromkeys(tail for path in paths for tail in tails(path)):
+            if tail in found:
+                found[tail].append(thing)
+    return found
 
 
 def nearby(name: str, names: Iterable[str], limit: int = 5) -> list[str]:

@@ -21,6 +21,7 @@ from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import warn_of_dense
 from flax_tied_lora._interpreter.sites import Read, numbered
 from flax_tied_lora._interpreter.tracing import Calls, filling
+from flax_tied_lora._tree.collector import collector_paused
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs.frozen_gradient import watched
 
@@ -122,6 +123,7 @@ class Evaluated:
         )  # fmt: skip
 
 
+@collector_paused()
 def evaluated(
     fn: Callable[..., Any], context: Context, args: Sequence[Any], kwargs: Any
 ) -> Evaluated:

@@ -16,10 +16,12 @@ from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.sites import CallSites, numbered, with_batch
 from flax_tied_lora._interpreter.tracing import Calls, filling
+from flax_tied_lora._tree.collector import collector_paused
 from flax_tied_lora._tree.paths import path_name
 from flax_tied_lora._tree.quantized_array import is_quantized
 
 
+@collector_paused()
 def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
     """Returns the call sites of every parameter leaf in ``fn(*args, **kwargs)``.
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,6 +19,7 @@ from flax_tied_lora._planning.tying import says_untied
 from flax_tied_lora._ties.find import Ties, all_groups, ties_among
 from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._tree.boxes import boxes_of
+from flax_tied_lora._tree.collector import collector_paused
 from flax_tied_lora._tree.keys import typed_key
 from flax_tied_lora._tree.paths import TiedLeaf, describe, flatten, refuse_markers
 from flax_tied_lora._tree.quantized_array import array_of
@@ -67,22 +66,7 @@ def wrap(
     return wrap_as(config, params, None, sites=sites, ties=ties, rng=rng)
 
 
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pauses Python's cyclic garbage collector.
-
-    Of the objects of 10,000 targets none is garbage, and looking for some takes 40 % of the time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_collector_paused()
+@collector_paused()
 def wrap_as(
     config: LoraConfig, params: Params, named: Named | None, *, sites: CallSites | None,
     ties: Ties, rng: jax.Array | None = None,

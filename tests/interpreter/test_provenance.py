@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+import flax_tied_lora as tied_lora
 from flax_tied_lora._interpreter.provenance import Provenance
 
 IDS = jnp.arange(3)
@@ -62,3 +65,17 @@ def test_axes_along_which_a_value_may_vary(form):
     fn, axes = VARYING[form]
     provenance, (out,) = asked(fn, X)
     assert provenance.varying_axes(out) == axes
+
+
+def test_a_mask_made_by_thousands_of_operations_is_followed_once():
+    def masked(p, x, mask):
+        mask = mask[:, None] + jnp.zeros((1, 4))
+        for _ in range(2000):  # each reads the one before twice
+            mask = mask * 2 + mask
+        return x @ (p["d"]["kernel"] * mask)
+
+    params = {"d": {"kernel": jnp.ones((4, 4))}}
+    adapted = tied_lora.wrap(params, tied_lora.LoraConfig(r=2, target_modules=["d"]))
+    start = time.process_time()
+    jax.make_jaxpr(tied_lora.adapt(masked))(adapted, jnp.ones((2, 4)), jnp.ones(4))
+    assert time.process_time() - start < 20  # by paths it would be 2 to the power of 2000

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
+import gc
 import json
 import pickle
+import sys
+import threading
 
 import jax
 import pytest
@@ -103,7 +107,7 @@ def test_adapters_print_what_they_are(adapter, text):
 
 def test_a_member_that_is_transposed_has_its_axes_turned():
     info = TABLE.info(TABLE.members[1])
-    assert (info.rows, info.cols, info.batch, info.is_table) == ((1,), (0,), (), True)
+    assert (info.rows, info.batch, info.is_table) == ((1,), (), True)
 
 
 def test_groups_of_a_plan():
@@ -134,3 +138,39 @@ def test_plan_of_a_wrapped_model_round_trips():
     plan = wrapped(params, "all-linear", sites=sites).plan
     assert Plan.from_json(plan.to_json()) is plan
     assert pickle.loads(pickle.dumps(plan)) is plan
+
+
+def test_threads_that_make_equal_plans_get_one_object():
+    interval, rounds = sys.getswitchinterval(), 100
+    sys.setswitchinterval(1e-5)
+    try:
+        for alpha in range(1, rounds):
+            config, barrier = LoraConfig(r=2, lora_alpha=alpha), threading.Barrier(8)
+
+            def make(_, config=config, barrier=barrier):
+                barrier.wait()
+                return Plan.of(GROUPS, config)
+
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                first, *others = pool.map(make, range(8))
+            assert all(plan is first for plan in others)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_plans_that_nothing_holds_leave_nothing_behind():
+    def allocated():
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    def make(count):
+        for alpha in range(1, count):
+            Plan.of(GROUPS, LoraConfig(r=2, lora_alpha=alpha))
+
+    make(1000)
+    before = allocated()
+    make(1000)
+    assert allocated() - before < 500
+    plan = Plan.of(GROUPS, CONFIG)
+    make(1000)
+    assert Plan.of(GROUPS, CONFIG) is plan

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -140,3 +143,32 @@ def test_tied_table_has_the_rows_of_its_lookup():
 
 def test_small_model_needs_no_sites():
     assert adapted_keys(["up", "embed_tokens"], init(TiedLM())) == {TABLE, "up/kernel"}
+
+
+def test_thousands_of_listed_names_are_looked_up_and_not_tried_one_by_one():
+    layers = 4000
+    params = {
+        f"layer_{i}": {"kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32)} for i in range(layers)
+    }
+    names = list(params)
+    sites = tied_lora.CallSites(
+        tuple(
+            tied_lora.CallSite(f"{name}/kernel", "dot_general", 0, name, "projection", (0,), (1,))
+            for name in names
+        )
+    )
+    config = tied_lora.LoraConfig(
+        r=1, target_modules=names + [f"no_{name}" for name in names],
+        exclude_modules=[f"other_{name}" for name in names],
+        rank_pattern=dict.fromkeys(names, 2) | {"gone": 3},
+    )  # fmt: skip
+    start = time.process_time()
+    with pytest.warns(tied_lora.UnmatchedTargetWarning) as caught:
+        plan = tied_lora.wrap(params, config, sites=sites).plan
+    assert time.process_time() - start < 10  # by trying each: minutes
+    assert len(plan.adapted) == layers
+    assert {a.rank for _, a in plan.adapters()} == {2}
+    texts = [str(w.message) for w in caught]
+    assert len(texts) == 11, "ten of the names that mean nothing, and 'gone'"
+    assert "So do 3990 more" in texts[9]
+    assert "'gone' in rank_pattern" in texts[10]

@@ -174,8 +174,7 @@ class _Reading:
           written: the config's field that names the module; separate adapters are named by it.
         """
         listed = () if isinstance(written, str) else written or ()
-        targets = (n for n in listed if isinstance(n, str) and matches((n,), module) is not None)
-        target = next(targets, module)
+        target = matches(listed, module) or module
         weights = self.names.to_torch(path, unboxed(self.leaves[path]).shape)
         if module in {w.module for w in weights}:
             return Hit(target, module, leaf=path)

@@ -12,14 +12,16 @@ import numpy as np
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._config.axes_and_parts import OWN_KEY
 from flax_tied_lora._config.checks import as_tuple
+from flax_tied_lora._config.regexes import problem
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter
 from flax_tied_lora._planning.plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS
-from flax_tied_lora._tree.paths import layer_index, matches
+from flax_tied_lora._tree.paths import Listed, layer_index, matches
 
 PEFT_VERSION = "0.21.2"
 # The names of the layers that PEFT can tie (peft.utils.constants).
 _EMBEDDINGS = ("embed_tokens", "lm_head")
+_LISTED = ("target_modules", "exclude_modules")
 _LINEAR = ("linear", "conv1d")
 
 
@@ -49,7 +51,7 @@ def config_of(
     heads = {head for tied in names.tied.values() for head in tied}
 
     wanted = [m for a in lora for m in a.modules]
-    if _targeted(fields, modules, heads, names, flag) != set(wanted):
+    if _is_slow(fields) or _targeted(fields, modules, heads, names, flag) != set(wanted):
         fields |= {
             "target_modules": wanted, "exclude_modules": None, "layers_to_transform": None,
             "layers_pattern": None,
@@ -74,6 +76,12 @@ def config_of(
     return dict(sorted(fields.items()))
 
 
+def _is_slow(fields: Mapping[str, Any]) -> bool:
+    """Returns whether there is a regex that `load_adapter` would refuse."""
+    regexes = [fields[f] for f in _LISTED if isinstance(fields[f], str)]
+    return any(map(problem, [*regexes, *as_tuple(fields["layers_pattern"])]))
+
+
 def _targeted(
     fields: Mapping[str, Any], modules: Mapping[str, str], heads: set[str], names: Names, flag: bool
 ) -> set[str]:
@@ -81,6 +89,8 @@ def _targeted(
     targets = fields["target_modules"]
     if targets is None:
         return set()
+    listed = {f: Listed(fields[f] or ()) for f in _LISTED if not isinstance(fields[f], str)}
+    fields = {**fields, **listed}
     named = {m for m in modules if _is_target(fields, m, modules[m], heads)}
     if isinstance(targets, str):
         embedding = any(re.fullmatch(targets, name) for name in _EMBEDDINGS)
@@ -97,15 +107,13 @@ def _tied(modules: Mapping[str, str], heads: set[str], names: Names) -> set[str]
 
 def _is_target(fields: Mapping[str, Any], module: str, kind: str, heads: set[str]) -> bool:
     targets, excluded = fields["target_modules"], fields["exclude_modules"]
-    if excluded:
-        excluded = excluded if isinstance(excluded, str) else tuple(excluded)
-        if matches(excluded, module) is not None:
-            return False
+    if excluded and matches(excluded, module) is not None:
+        return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             return kind in _LINEAR and module not in heads and module != "lm_head"
         return re.fullmatch(targets, module) is not None
-    if matches(tuple(targets), module) is None:
+    if matches(targets, module) is None:
         return False
     wanted = fields["layers_to_transform"]
     if wanted is None:
@@ -148,9 +156,10 @@ def _put_ranks(fields: dict[str, Any], adapted: Adapted, lora: Sequence[TorchAda
             written = config.alpha_for(module)
             same = math.isclose(written / divisor, scaling, rel_tol=1e-6)
             alphas[module] = written if same else scaling * divisor
-    if any(config.rank_for(m) != rank for m, rank in ranks.items()):
+    slow = any(map(problem, [*config.rank_pattern, *config.alpha_pattern]))
+    if slow or any(config.rank_for(m) != rank for m, rank in ranks.items()):
         fields["rank_pattern"] = {m: rank for m, rank in ranks.items() if rank != config.r}
-    if any(config.alpha_for(m) != alpha for m, alpha in alphas.items()):
+    if slow or any(config.alpha_for(m) != alpha for m, alpha in alphas.items()):
         fields["alpha_pattern"] = {
             m: alpha for m, alpha in alphas.items() if alpha != config.lora_alpha
         }

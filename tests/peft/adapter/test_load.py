@@ -243,3 +243,17 @@ def test_factors_of_an_untraced_kernel_the_other_way_round(tmp_path):
     adapted = tied_lora.wrap(p, config)
     with pytest.raises(AdapterFileError, match=r"rows \(0,\) and columns \(1,\).*sites=\.\.\."):
         save_adapter(tmp_path / "b", adapted, names)
+
+
+def test_a_regex_that_backtracks_is_refused_and_is_not_written(tmp_path):
+    put(tmp_path / "slow", factors("model.q_proj"), target_modules=r"(([a-z_0-9]+\.?)+)+#")
+    with pytest.raises(AdapterFileError, match="may take hours to match") as e:
+        load(tmp_path / "slow")
+    assert f"{tmp_path / 'slow' / CONFIG}: LoraConfig: target_modules='(([a-z" in str(e.value)
+    # The user's own is used, and saved as the names that it means.
+    config = tied_lora.LoraConfig(r=2, target_modules=r"(\w+\.?)*q")
+    adapted = tied_lora.wrap(params(), config, sites=SITES)
+    save_adapter(tmp_path / "own", adapted, TIED_NAMES)
+    written = json.loads((tmp_path / "own" / CONFIG).read_text())
+    assert written["target_modules"] == ["model.q_proj"]
+    assert set(load(tmp_path / "own").adapters["lora"]) == {"q/kernel"}
