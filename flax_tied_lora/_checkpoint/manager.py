@@ -243,8 +243,10 @@ class Manager:
 
     def _check_new(self, step: int) -> None:
         """Raises a `CheckpointError` unless a step comes after all that there are."""
-        if step == self._written:
-            self.wait_until_finished()  # it may have failed
+        if step > max(self._found(), default=-1):
+            return
+        self.wait_until_finished()  # what is being written may fail
+        self._orbax.reload()  # and somebody may have deleted steps
         found = self._found()
         if not found or step > found[-1]:
             return

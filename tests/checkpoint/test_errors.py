@@ -110,6 +110,10 @@ def test_steps_go_up(tmp_path):
             manager.save(5, wrapped(), force=True)
         with pytest.raises(CheckpointError, match=r"no step 4 in .*, which has \[5\]; name one"):
             manager.restore(base_params(), step=4)
+        # As the message says.
+        shutil.rmtree(tmp_path / "5")
+        assert manager.save(3, wrapped())
+        assert manager.all_steps() == [3]
 
 
 def test_options_twice(tmp_path):

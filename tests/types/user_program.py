@@ -71,6 +71,8 @@ def functional(tokens: jax.Array, folder: Path) -> jax.Array:
     with checkpoint.Manager(str(folder / "run"), max_to_keep=2) as manager:
         manager.save(1, back.adapted)
         manager.restore(params, check_base=False)
+        latest: int | None = manager.latest_step()
+        manager.restore(params, step="best" if latest is None else latest)
     merged: Params = tied_lora.merge(trained, dtype=jnp.float32)
     checkpoint.save_params(folder / "merged", merged, ties=trained.plan)
     merged = checkpoint.restore_params(folder / "merged")
