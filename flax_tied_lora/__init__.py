@@ -9,6 +9,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from flax_tied_lora._adapters import serialization as _serialization  # noqa: F401 (registers)
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._adapters.dropout import NoDropoutWarning
 from flax_tied_lora._adapters.split import combine, split

@@ -21,6 +21,11 @@ from flax_tied_lora._tree.table import folded, table
 _SCALING = "lora_scaling"
 _PARAMS = "params"
 
+_NO_PARAMS = (
+    "it takes the place of params where a function went through adapt, "
+    'tied_lora.adapt(model.apply)({"params": adapted}, ...); adapted.params are the frozen params'
+)
+
 # What holds the params: a dict, a FrozenDict, an `nnx.State`, any pytree with key paths.
 Params = TypeVar("Params", default=Any)
 # Collection -> key -> an array, or ``{"lora_a": array, ...}``.
@@ -121,6 +126,20 @@ class Adapted(Generic[Params]):
         )
         return cls(variables[_PARAMS], adapters, variables[_SCALING], None, plan)
 
+    def __getitem__(self, key: Any) -> Any:
+        raise TypeError(f"Adapted[{key!r}]: {_NO_PARAMS}")
+
+    def __contains__(self, key: Any) -> bool:
+        # Flax's TrainState.create asks it, to make a state of the optimizer for all of it.
+        raise TypeError(
+            f"{key!r} in an Adapted: {_NO_PARAMS}. Of a TrainState, params=adapted.adapters are "
+            "what is trained; in a step, adapted.replace(adapters=state.params)"
+        )
+
+    def __bool__(self) -> bool:
+        # transformers' Flax models do: ``params or self.params``.
+        raise TypeError(f"bool(Adapted): {_NO_PARAMS}, and AdaptedModel(model, adapted)")
+
     def __repr__(self) -> str:
         return f"Adapted({len(self.plan.adapted)} groups adapted, rank {self.plan.config.r})"
 
@@ -152,7 +171,8 @@ def shapes_of(
         arrays = adapted.adapters[adapter.kind][adapter.key]
         for name, planned in group.shapes(adapter).items():
             array = unboxed(arrays[name] if name else arrays)
-            yield adapter.key, name or adapter.kind, tuple(array.shape), planned
+            if array is not ...:  # Orbax's PLACEHOLDER: what is not restored
+                yield adapter.key, name or adapter.kind, tuple(array.shape), planned
 
 
 def check_slots(what: str, adapted: Adapted, remedy: str, *, stacked: bool = False) -> None:

@@ -20,6 +20,7 @@ from flax_tied_lora._ties.sources import (
     is_table,
     same_arrays,
 )
+from flax_tied_lora._tree.boxes import refuse_models
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._tree.quantized_array import array_of
 
@@ -64,6 +65,7 @@ def find_ties(
         say which leaves it ties.
       TypeError: ``ties`` is none of the above.
     """
+    refuse_models("find_ties", params, "pass its state, nnx.state(module, nnx.Param)")
     return ties_among(flatten(params)[0], ties, sites=sites, equal_values=equal_values)
 
 

@@ -14,7 +14,7 @@ from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._algebra.site_filter import OTHER
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._ties.sources import is_table
-from flax_tied_lora._tree.boxes import nnx_type
+from flax_tied_lora._tree.boxes import refuse_models
 from flax_tied_lora._tree.paths import flatten, is_marker, leaf_name, matches, module_of, nearby
 from flax_tied_lora._tree.quantized_array import (
     QTYPES,
@@ -81,11 +81,10 @@ def quantize(
             sites=sites,
         )  # fmt: skip
         return dataclasses.replace(params, params=kept)
-    if isinstance(params, nnx_type("Module")):
-        raise TypeError(
-            f"quantize: expected params, got {type(params).__name__}, an nnx.Module, whose other "
-            "state is not to be quantised; use flax_tied_lora.nnx.quantize(module)"
-        )
+    refuse_models(
+        "quantize", params,
+        "its other state is not to be quantised; use flax_tied_lora.nnx.quantize(module)",
+    )  # fmt: skip
     leaves, treedef = flatten(params)
     excluded = _excluded(leaves, exclude_modules)
     made: dict[int, Any] = {}  # by the array, so that what is shared stays shared

@@ -13,15 +13,23 @@ from flax_tied_lora._adapters.init_from_weight import start_from_weights
 from flax_tied_lora._adapters.make import DTYPE, make_adapters
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._planning.all_linear import ALL_LINEAR
 from flax_tied_lora._planning.build import Named, make_plan
 from flax_tied_lora._planning.plan import LORA, Plan
 from flax_tied_lora._planning.tying import says_untied
 from flax_tied_lora._ties.find import Ties, all_groups, ties_among
 from flax_tied_lora._ties.groups import TieGroup
-from flax_tied_lora._tree.boxes import boxes_of
+from flax_tied_lora._tree.boxes import boxes_of, quantized_by_qwix, refuse_models
 from flax_tied_lora._tree.collector import collector_paused
 from flax_tied_lora._tree.keys import typed_key
-from flax_tied_lora._tree.paths import TiedLeaf, describe, flatten, refuse_markers
+from flax_tied_lora._tree.paths import (
+    TiedLeaf,
+    describe,
+    flatten,
+    matches,
+    module_of,
+    refuse_markers,
+)
 from flax_tied_lora._tree.quantized_array import array_of
 
 
@@ -90,6 +98,7 @@ def wrap_as(
 
 
 def _checked(params: Any, config: Any, sites: Any) -> tuple[dict[str, Any], Any]:
+    refuse_models("wrap", params, "use tied_lora.nnx.wrap(module, config)")
     if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
         raise TypeError(
             "wrap: these params are wrapped already; wrap tied_lora.base(adapted) for other "
@@ -99,11 +108,25 @@ def _checked(params: Any, config: Any, sites: Any) -> tuple[dict[str, Any], Any]
         raise TypeError(f"wrap: config is a {type(config).__name__}; expected a LoraConfig")
     if sites is not None and not isinstance(sites, CallSites):
         raise TypeError(f"wrap: sites is a {type(sites).__name__}; expected what trace returns")
+    _refuse_qwix(params, config)
     leaves, treedef = flatten(params)
     if not leaves:
         raise ValueError("wrap: params has no leaves; expected the params of an initialised model")
     refuse_markers("wrap", leaves, "wrap tied_lora.base(adapted) instead")
     return leaves, treedef
+
+
+def _refuse_qwix(params: Any, config: LoraConfig) -> None:
+    targets = config.target_modules or ()
+    for path in quantized_by_qwix(params):
+        named = targets == ALL_LINEAR or matches(targets, path) or matches(targets, module_of(path))
+        if named:
+            raise ValueError(
+                f"wrap: target_modules names {path!r}, which qwix has quantised: its layers "
+                "multiply with the integers themselves, where nothing can be added. Wrap the "
+                "floating-point params of the model as it was, quantised by tied_lora.quantize, or "
+                "leave it out of target_modules"
+            )
 
 
 def _check_dtypes(group: TieGroup, leaves: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._ties.find import all_groups, ties_among
 from flax_tied_lora._ties.groups import Member, TieGroup
-from flax_tied_lora._tree.boxes import in_place, nnx_type
+from flax_tied_lora._tree.boxes import in_place, refuse_models
 from flax_tied_lora._tree.keys import key_number, typed_key, uncommitted
 from flax_tied_lora._tree.paths import describe, flatten, is_marker, refuse_markers
 from flax_tied_lora._tree.quantized_array import is_quantized
@@ -122,12 +122,11 @@ def grow_vocabulary(  # noqa: PLR0913 - options, all by keyword
       adapted = tied_lora.wrap(params, config)
     """
     rng = uncommitted(jax.random.key(0) if rng is None else typed_key(WHAT, rng))
-    if isinstance(params, nnx_type("Module")):
-        raise TypeError(
-            f"{WHAT}: found the nnx.Module {type(params).__name__}; grow its state, "
-            "nnx.state(module, nnx.Param), or tied_lora.nnx.adapted(module), and put it into a "
-            "module of the new size, by nnx.update or tied_lora.nnx.from_adapted"
-        )
+    refuse_models(
+        WHAT, params,
+        "grow its state, nnx.state(module, nnx.Param), or tied_lora.nnx.adapted(module), and put "
+        "it into a module of the new size, by nnx.update or tied_lora.nnx.from_adapted",
+    )  # fmt: skip
     adapted = params if isinstance(params, Adapted) else None
     old, treedef = flatten(params if adapted is None else adapted.params)
     if adapted is None:

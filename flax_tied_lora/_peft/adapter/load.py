@@ -24,7 +24,7 @@ from flax_tied_lora._peft.adapter.parameters import TorchAdapter, parameters_of_
 from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._ties.find import Ties, ties_among
-from flax_tied_lora._tree.boxes import in_place
+from flax_tied_lora._tree.boxes import in_place, refuse_models
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs.wrap import wrap_as
 
@@ -78,6 +78,11 @@ def load_adapter(
             "load_adapter: params is an Adapted; pass base(adapted), or merge(adapted) to "
             "build on its adapters"
         )
+    refuse_models(
+        "load_adapter", params,
+        "pass its state, nnx.state(module, nnx.Param), and put what this returns around the "
+        "module by tied_lora.nnx.from_adapted",
+    )  # fmt: skip
     with read_adapter(directory) as files:
         config = _config(files)
         content = content_of(files, config, params, names)
