@@ -127,7 +127,7 @@ def requirement(text: str) -> str:
 def test_pre_commit_has_the_tools_of_pyproject():
     (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     extras = PROJECT["optional-dependencies"]
-    pinned = {requirement(x): x for x in extras["dev"]}
+    pinned = {requirement(x): x for x in [*extras["dev"], *extras["types"]]}
     hooks = {hook["id"]: hook["additional_dependencies"] for hook in repo["hooks"]}
     assert hooks["ruff-check"] == hooks["ruff-format"] == [pinned["ruff"]]
     read = [*PROJECT["dependencies"], *extras["quantized"]]
