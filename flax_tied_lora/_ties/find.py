@@ -69,7 +69,7 @@ def find_ties(
         say which leaves it ties.
       TypeError: ``ties`` is none of the above.
     """
-    refuse_models("find_ties", params, "pass its state, nnx.state(module, nnx.Param)")
+    refuse_models("find_ties", params, "; pass its state, nnx.state(module, nnx.Param)")
     return ties_among(flatten(params)[0], ties, sites=sites, equal_values=equal_values)
 
 

@@ -102,7 +102,7 @@ def wrap_as(
 
 
 def _checked(params: Any, config: Any, sites: Any) -> tuple[dict[str, Any], Any]:
-    refuse_models("wrap", params, "use tied_lora.nnx.wrap(module, config)")
+    refuse_models("wrap", params, "; use tied_lora.nnx.wrap(module, config)")
     if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
         raise TypeError(
             "wrap: these params are wrapped already; wrap tied_lora.base(adapted) for other "

@@ -83,7 +83,7 @@ def load_adapter(
         )
     refuse_models(
         "load_adapter", params,
-        "pass its state, nnx.state(module, nnx.Param), and put what this returns around the "
+        "; pass its state, nnx.state(module, nnx.Param), and put what this returns around the "
         "module by tied_lora.nnx.from_adapted",
     )  # fmt: skip
     ties = _with_names(params, names, sites, ties)
