@@ -12,10 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
+import numpy as np
+
 from flax_tied_lora._config.patterns import FrozenMapping, check_inside, is_name
 from flax_tied_lora._tree.paths import Listed
 
 _V = TypeVar("_V")
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 PISSA_NITER = re.compile(r"pissa_niter_([0-9]+)")
 Bias = Literal["none", "all", "lora_only"]
 TaskType = Literal[
@@ -37,10 +40,14 @@ def positive_int(field: str, value: Any) -> int:
 
 
 def positive(field: str, value: Any) -> int | float:
-    """Returns a finite number above 0; an int stays an int."""
+    """Returns a finite number above 0, in float32 too, as scalings are; an int stays an int."""
     number = _real(field, value, "a finite number above 0")
     if not 0 < number < math.inf:
         raise _wrong(ValueError, field, value, "a finite number above 0")
+    if not _LEAST <= number <= _MOST:
+        raise _wrong(
+            ValueError, field, value, f"{_LEAST:.2g} to {_MOST:.2g}, which a float32 scaling holds"
+        )
     return number
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from flax_tied_lora._adapters.adapted import Adapted, check_adapted
@@ -26,7 +27,8 @@ from flax_tied_lora._nnx.module import (
     as_adapted,
 )
 from flax_tied_lora._tree.keys import key_number, typed_key
-from flax_tied_lora._tree.paths import flatten
+from flax_tied_lora._tree.paths import flatten, is_tracer
+from flax_tied_lora._tree.processes import gathered
 
 
 def from_adapted(
@@ -102,9 +104,24 @@ def assembled(what: str, module: Adaptable, adapted: Adapted, rng: Any) -> Adapt
         key = jax.random.key(0) if rng is None else typed_key(what, rng)
         dropout = LoRADropout(jax.random.fold_in(key, key_number("lora_dropout")))
         dropout.deterministic = adapted.rng is None
-    scaling = {key: Scaling(array) for key, array in adapted.scaling.items()}
+    scaling = _scalings(adapted)
     slot = None if adapted.slot is None else Slot(adapted.slot)
     return AdaptedModule(module, _variables(module, adapted), scaling, dropout, slot, plan)
+
+
+def _scalings(adapted: Adapted) -> dict[str, Any]:
+    """Returns scalings as static numbers, or as Variables where they are stacked or traced.
+
+    A Variable that is no factor would count as one of the base's: tunix compares these with the
+    base model's to see whether both share them.
+    """
+    known = adapted.slot is None and not any(
+        is_tracer(x) or isinstance(x, jax.ShapeDtypeStruct) or np.ndim(x)
+        for x in adapted.scaling.values()
+    )
+    if not known:
+        return {key: Scaling(array) for key, array in adapted.scaling.items()}
+    return {key: np.asarray(x)[()] for key, x in gathered(dict(adapted.scaling)).items()}
 
 
 def _variables(module: nnx.Module, adapted: Adapted) -> dict[str, Any]:

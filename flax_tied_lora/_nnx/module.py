@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from typing_extensions import TypeVar
 
@@ -72,7 +73,7 @@ class AdaptedModule(nnx.Module, Generic[Adaptable]):
     Attributes:
       module: the module with its frozen params; call it for results without adapters.
       adapters: ``{kind: {key: ...}}`` as in `Adapted`, each array an `nnx.LoRAParam`.
-      lora_scaling: ``{key: Scaling}``.
+      lora_scaling: ``{key: number}``, static; of stacked adapters ``{key: Scaling}``.
       lora_dropout: the state of the factors' dropout; None where the config has no dropout.
       lora_slot: which of the stacked adapters is used, a `Slot`; None where they are not stacked.
       plan: what was adapted; static.
@@ -259,7 +260,9 @@ def _is_dunder(name: str) -> bool:
 def _arrays(tree: Any) -> Any:
     """Returns a pytree of Variables as one of arrays."""
     return jax.tree.map(
-        lambda x: x.get_raw_value(), tree, is_leaf=lambda x: isinstance(x, nnx.Variable)
+        lambda x: x.get_raw_value() if isinstance(x, nnx.Variable) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
 
 
@@ -293,4 +296,5 @@ def as_adapted(owner: AdaptedModule) -> Adapted:
 
 def _as_adapted(owner: AdaptedModule, params: Any, rng: jax.Array | None) -> Adapted:
     adapters, scaling = _arrays(owner.adapters), _arrays(owner.lora_scaling)
+    scaling = jax.tree.map(jnp.asarray, scaling)
     return Adapted(params, adapters, scaling, rng, owner.plan, _arrays(owner.lora_slot))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from flax_tied_lora._config.config import LoraConfig
@@ -15,6 +17,7 @@ from flax_tied_lora._nnx.convert import assembled
 from flax_tied_lora._nnx.leaves import aliases_of, params_of
 from flax_tied_lora._nnx.module import Adaptable, AdaptedModule
 from flax_tied_lora._planning.axes import SITES_LINE
+from flax_tied_lora._planning.plan import LORA
 from flax_tied_lora._planning.tying import says_untied
 from flax_tied_lora._ties.find import Ties, find_ties
 from flax_tied_lora._ties.groups import Member, TieGroup
@@ -64,7 +67,11 @@ def wrap(
         if sites is None and SITES_LINE in str(error):
             error.add_note("For an nnx.Module: sites = tied_lora.nnx.trace(module, tokens)")
         raise
-    return assembled("wrap", module, adapted, rng)
+    # Also of an abstract module: the scalings are numbers of the config's.
+    scaling = {
+        a.key: np.float32(config.scaling_for(a.module)) for _, a in adapted.plan.adapters(LORA)
+    }
+    return assembled("wrap", module, dataclasses.replace(adapted, scaling=scaling), rng)
 
 
 def _with_aliases(params: Any, aliases: Mapping[str, str], ties: Any) -> Any:

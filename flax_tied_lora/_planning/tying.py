@@ -25,7 +25,7 @@ _FLAG = "ensure_weight_tying"
 
 
 class WeightTyingWarning(UserWarning):
-    """`ensure_weight_tying` is True and nothing is tied, or False and a tie is not kept."""
+    """`ensure_weight_tying` does not fit the model; or a leaf that its config ties is dropped."""
 
     __module__ = "flax_tied_lora"
 

@@ -9,7 +9,9 @@ import jax
 
 from flax_tied_lora._algebra.site_filter import LOOKUP
 from flax_tied_lora._interpreter.sites import CallSite, CallSites
+from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._ties.groups import Member, TieGroup
+from flax_tied_lora._ties.lost import from_names, refuse_lost
 from flax_tied_lora._ties.sources import (
     DATA_FLOW,
     SOURCES,
@@ -38,6 +40,7 @@ Ties = (
     | Sequence[tuple[str, ...] | list[str] | TieGroup]
     | Mapping[str, Any]
     | TiedConfig
+    | Names
 )
 
 
@@ -56,7 +59,8 @@ def find_ties(
       ties: ``"auto"``; or, in addition to what is found: a list of path pairs (orientation inferred
         from the shapes; ``(path, path, "transposed")`` or ``(path, path, "same")`` where both
         fit), a list of `TieGroup`, or a model's config, an object or a dict with
-        ``tie_word_embeddings``. False there unties embedding and output projection.
+        ``tie_word_embeddings``. False there unties embedding and output projection. Or the model's
+        `names.Names`: then leaves that are one tensor in PyTorch must have the same values.
       sites: call sites of the model, for ties by data flow.
       equal_values: whether to compare values. Arrays of one repeated value never count.
 
@@ -65,7 +69,7 @@ def find_ties(
         say which leaves it ties.
       TypeError: ``ties`` is none of the above.
     """
-    refuse_models("find_ties", params, "pass its state, nnx.state(module, nnx.Param)")
+    refuse_models("find_ties", params, "; pass its state, nnx.state(module, nnx.Param)")
     return ties_among(flatten(params)[0], ties, sites=sites, equal_values=equal_values)
 
 
@@ -85,6 +89,10 @@ def ties_among(
             raise TypeError(
                 f"find_ties: ties={ties!r}; expected 'auto', a list, or a model's config"
             )
+    elif isinstance(ties, Names):
+        declared_by_names = from_names(leaves, ties)
+        refuse_lost("find_ties", leaves, declared_by_names)
+        links += declared_by_names
     elif isinstance(ties, Mapping) or hasattr(ties, "tie_word_embeddings"):
         links = from_config(leaves, ties, links)
     elif isinstance(ties, Sequence):
@@ -92,7 +100,7 @@ def ties_among(
     else:
         raise TypeError(
             f"find_ties: ties is a {type(ties).__name__}; expected 'auto', a list of path pairs or "
-            "TieGroups, or a model's config with tie_word_embeddings"
+            "TieGroups, a model's config with tie_word_embeddings, or its Names"
         )
     if equal_values:
         links += by_value(leaves)

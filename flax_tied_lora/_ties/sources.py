@@ -217,7 +217,7 @@ def by_value(leaves: Mapping[str, Any]) -> list[Link]:
                 keys.setdefault((shape[::-1], column, row), True)
             hits = [(other, flip) for key, flip in keys.items() for other in by_sample.get(key, ())]
             for other, flip in hits:
-                if _equal(plain_array(leaves[other]), leaf, flip):
+                if equal(plain_array(leaves[other]), leaf, flip):
                     links.append(Link(other, path, flip, EQUAL_VALUES))
                     break
             by_sample.setdefault((shape, row, column), []).append(path)
@@ -232,9 +232,16 @@ def _sample(leaf: Any) -> tuple[bytes, bytes]:
     return np.asarray(row).tobytes(), np.asarray(column).tobytes()
 
 
-def _equal(a: Any, b: Any, transposed: bool) -> bool:
+def equal(a: Any, b: Any, transposed: bool, *, constant: bool = False) -> bool:
+    """Returns whether two arrays have the same values.
+
+    Args:
+      transposed: whether the second is compared as its transpose.
+      constant: whether arrays of one repeated value count.
+    """
     # Arrays that other processes hold parts of are compared where they are.
     xp: Any = jnp if spread((a, b)) else np
     left, right = xp.asarray(a), xp.asarray(b).T if transposed else xp.asarray(b)
-    constant = xp.all(left == left[(0,) * left.ndim])
-    return bool(xp.array_equal(left, right)) and not bool(constant)
+    if not bool(xp.array_equal(left, right)):
+        return False
+    return constant or not bool(xp.all(left == left[(0,) * left.ndim]))

@@ -78,14 +78,14 @@ def refuse_models(what: str, params: Any, of_module: str) -> None:
     """Refuses a model where its params belong, which would be a pytree without a leaf of use.
 
     Args:
-      of_module: what to do with an `nnx.Module`, for the error.
+      of_module: what to do with an `nnx.Module`: how the error ends, from its comma on.
 
     Raises:
       TypeError: it is one.
     """
     kind = type(params).__name__
     if isinstance(params, nnx_type("Module")):
-        raise TypeError(f"{what}: expected params, got {kind}, an nnx.Module; {of_module}")
+        raise TypeError(f"{what}: expected params, got {kind}, an nnx.Module{of_module}")
     if not jax.tree_util.all_leaves([params]) or hasattr(params, "shape"):
         return
     if isinstance(params, linen.Module):

@@ -15,6 +15,8 @@ from typing_extensions import ParamSpec, TypeVar
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._interpreter.context import OnDense
 from flax_tied_lora._interpreter.tracing import filling
+from flax_tied_lora._ties.lost import from_model, refuse_lost
+from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs.adapt import adapt
 from flax_tied_lora._verbs.merge import merge
 from flax_tied_lora._verbs.model_methods import REFUSED, SAVES, runs, settings, without_params
@@ -51,7 +53,8 @@ class AdaptedModel(Generic[_P, _R]):
     Raises:
       TypeError: the model has no method that takes ``params``; ``adapted`` is no `Adapted`; or, in
         a call, ``params`` is none.
-      ValueError: ``on_dense`` is unknown; or `DensifyError`, in a call.
+      ValueError: ``on_dense`` is unknown; leaves that the model's config ties have other values; or
+        `DensifyError`, in a call.
 
     Example::
 
@@ -79,6 +82,8 @@ class AdaptedModel(Generic[_P, _R]):
         adapt(lambda: None, on_dense=on_dense)  # Refuses an unknown on_dense now, not in a call.
         self._model = without_params(model)
         self._adapted = _checked(adapted, "adapted")
+        leaves, _ = flatten(self._adapted.params)
+        refuse_lost("AdaptedModel", leaves, from_model(leaves, model))
         self._on_dense: OnDense = on_dense
         self._jit = jit
         self._compiled: dict[Any, Callable[..., Any]] = {}

@@ -50,7 +50,8 @@ def linear_cross_entropy(  # noqa: PLR0913 - options of a loss, all by keyword
       weights: [...], a weight for each token, 0 for padding; None for 1.
       bias: [vocabulary] or None.
       vocab_axis: axis of the table that the vocabulary lies along.
-      reduction: ``"mean"``, the weighted sum over the weights' sum, 0 if that is 0; ``"sum"``; or
+      reduction: ``"mean"``, the weighted sum over the weights' sum; where that is 0, as it is of
+        padding alone, 0 with gradients of 0 and never NaN; ``"sum"``; or
         ``"none"``, [...], which computes a chunk's logits again when it is differentiated.
       ignore_index: the label of tokens that do not count.
       label_smoothing: share of the label's probability that goes to all of the vocabulary alike
@@ -128,7 +129,8 @@ def linear_cross_entropy(  # noqa: PLR0913 - options of a loss, all by keyword
     if reduction == "sum":
         return total
     whole = jnp.sum(jnp.where(operands[1] == loss.ignore_index, 0, operands[2]))
-    return total / jnp.where(whole == 0, 1, whole)
+    # A mean of nothing is 0, with gradients of 0: weights that cancel out have none either.
+    return jnp.where(whole == 0, 0, total / jnp.where(whole == 0, 1, whole))
 
 
 def _weight(table: Any) -> Weight:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -79,7 +80,8 @@ def merge(
     for group in adapted.plan.adapted:
         kind = jnp.dtype(dtype or weights[group.key].dtype)
         if not group.separate:
-            merged[group.key] = weights[group.key].replace(dtype=kind).dense()
+            dense = weights[group.key].replace(dtype=kind).dense()
+            merged[group.key] = _as_weak(leaves[group.key], dense) if dtype is None else dense
             continue
         members = {m.path for m in group.members}
         for path, array in untied_leaves(group, weights, unused, kind).items():
@@ -97,6 +99,12 @@ def merge(
             "adapter; leave it out"
         )
     return _with_leaves(plain(adapted, merged), new)
+
+
+def _as_weak(leaf: Any, array: Any) -> Any:
+    """Returns an array whose dtype gives way to others', as the leaf's does if it is weak."""
+    weak = isinstance(leaf, jax.Array) and leaf.weak_type
+    return leaf.at[...].set(array) if weak else array
 
 
 def _with_leaves(params: Any, new: Mapping[str, Any]) -> Any:

@@ -83,7 +83,7 @@ def quantize(
         return dataclasses.replace(params, params=kept)
     refuse_models(
         "quantize", params,
-        "its other state is not to be quantised; use flax_tied_lora.nnx.quantize(module)",
+        ", whose other state is not to be quantised; use flax_tied_lora.nnx.quantize(module)",
     )  # fmt: skip
     leaves, treedef = flatten(params)
     excluded = _excluded(leaves, exclude_modules)

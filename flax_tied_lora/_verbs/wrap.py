@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,11 @@ from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._planning.all_linear import ALL_LINEAR
 from flax_tied_lora._planning.build import Named, make_plan
 from flax_tied_lora._planning.plan import LORA, Plan
-from flax_tied_lora._planning.tying import says_untied
+from flax_tied_lora._planning.tying import WeightTyingWarning, says_untied
 from flax_tied_lora._ties.find import Ties, all_groups, ties_among
 from flax_tied_lora._ties.groups import TieGroup
+from flax_tied_lora._ties.lost import dropped
+from flax_tied_lora._ties.sources import CONFIG
 from flax_tied_lora._tree.boxes import boxes_of, quantized_by_qwix, refuse_models
 from flax_tied_lora._tree.collector import collector_paused
 from flax_tied_lora._tree.keys import typed_key
@@ -85,6 +88,7 @@ def wrap_as(
     groups = all_groups(leaves, ties_among(leaves, ties, sites=sites))
     for group in groups:
         _check_dtypes(group, leaves)
+        _warn_of_dropped(group, leaves)
     plan = make_plan(config, leaves, groups, sites, says_untied(ties), named)
     scalings = {a.key: config.scaling_for(a.module) for _, a in plan.adapters(LORA)}
     adapters = make_adapters(plan, leaves, boxes_of(params), rng)
@@ -98,7 +102,7 @@ def wrap_as(
 
 
 def _checked(params: Any, config: Any, sites: Any) -> tuple[dict[str, Any], Any]:
-    refuse_models("wrap", params, "use tied_lora.nnx.wrap(module, config)")
+    refuse_models("wrap", params, "; use tied_lora.nnx.wrap(module, config)")
     if any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted))):
         raise TypeError(
             "wrap: these params are wrapped already; wrap tied_lora.base(adapted) for other "
@@ -139,6 +143,17 @@ def _check_dtypes(group: TieGroup, leaves: Mapping[str, Any]) -> None:
                 f"{describe(first)}, which is of another dtype; cast one of them, or leave it out "
                 "of ties=..."
             )
+
+
+def _warn_of_dropped(group: TieGroup, leaves: Mapping[str, Any]) -> None:
+    for path in dropped(leaves, group) if CONFIG in group.found else ():
+        warnings.warn(
+            f"wrap: the model's config ties {path!r} to {group.key!r}, and its values are others: "
+            f"{path!r} is dropped, and {group.key!r} read in its place, as right for one that a "
+            'loader made at random. To keep it, pass ties={"tie_word_embeddings": False}',
+            WeightTyingWarning,
+            stacklevel=5,
+        )
 
 
 def stored_once(leaves: Mapping[str, Any], treedef: Any, plan: Plan) -> Any:

@@ -124,7 +124,7 @@ def grow_vocabulary(  # noqa: PLR0913 - options, all by keyword
     rng = uncommitted(jax.random.key(0) if rng is None else typed_key(WHAT, rng))
     refuse_models(
         WHAT, params,
-        "grow its state, nnx.state(module, nnx.Param), or tied_lora.nnx.adapted(module), and put "
+        "; grow its state, nnx.state(module, nnx.Param), or tied_lora.nnx.adapted(module), and put "
         "it into a module of the new size, by nnx.update or tied_lora.nnx.from_adapted",
     )  # fmt: skip
     adapted = params if isinstance(params, Adapted) else None

@@ -21,6 +21,18 @@ BAD = [
     (TypeError, {"lora_alpha": "16"}, "lora_alpha='16' .*a finite number above 0"),
     (TypeError, {"lora_alpha": False}, "lora_alpha=False"),
     (ValueError, {"lora_alpha": 0}, "lora_alpha=0 .*above 0"),
+    (
+        ValueError,
+        {"lora_alpha": 1e39},
+        r"lora_alpha=1e\+39 .*1\.2e-38 to 3\.4e\+38, which a float32",
+    ),
+    (ValueError, {"lora_alpha": 10**39}, "lora_alpha=10{39} .*which a float32 scaling holds"),
+    (ValueError, {"lora_alpha": 1e-50}, "lora_alpha=1e-50 .*which a float32 scaling holds"),
+    (
+        ValueError,
+        {"alpha_pattern": {"q": 1e39}},
+        r"alpha_pattern\['q'\]=1e\+39 .*a float32 scaling",
+    ),
     (ValueError, {"lora_alpha": -1.0}, "lora_alpha=-1.0"),
     (ValueError, {"lora_alpha": float("inf")}, "lora_alpha=inf .*finite"),
     (ValueError, {"lora_alpha": float("nan")}, "lora_alpha=nan .*finite"),

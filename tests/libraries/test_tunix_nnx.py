@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tunix.rl.utils import is_sharing_backbone
 
 import flax_tied_lora as tied_lora
 import flax_tied_lora.nnx
@@ -162,3 +163,9 @@ def test_sampled_by_tunix(name):
     assert [len(tokens) for tokens in found] == [5, 5]
     assert found == sampled(tied_lora.nnx.merge(adapted))
     assert found != sampled(tied_lora.nnx.base(adapted))
+
+
+def test_actor_and_reference_share_their_backbone():
+    """As tunix's `RLCluster` asks it of them (GRPO, PPO)."""
+    adapted = wrapped("qwen3")
+    assert is_sharing_backbone(tied_lora.nnx.base(adapted), adapted)

@@ -117,3 +117,38 @@ class TestTies:
         plain = tied_lora.nnx.merge(model, untie={"lm_head": "lm_head/embedding"})
         assert plain.lm_head.embedding is not plain.embed_tokens.embedding
         close(model(TOKENS), plain(TOKENS))
+
+
+class TestState:
+    def test_what_is_no_factor_is_the_bases(self):
+        """As tunix's ``is_sharing_backbone`` compares an actor with its reference."""
+        module = shared_variable()
+        model = wrapped(module, ["embed_tokens", "up"])
+        rest = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.LoRAParam)))
+        base = jax.tree.leaves(nnx.state(module, nnx.Not(nnx.LoRAParam)))
+        assert len(rest) == len(base)
+        assert all(a is b for a, b in zip(rest, base, strict=True))
+
+    def test_the_state_of_an_abstract_module_has_the_same_places(self):
+        model = wrapped(shared_variable(), ["embed_tokens", "up"])
+        abstract = nnx.eval_shape(lambda: wrapped(shared_variable(), ["embed_tokens", "up"]))
+        assert jax.tree.structure(nnx.state(abstract)) == jax.tree.structure(nnx.state(model))
+        assert nnx.graphdef(abstract) == nnx.graphdef(model)
+
+    def test_other_scalings_are_kept_and_stacked_ones_are_variables(self):
+        model = wrapped(shared_variable(), ["embed_tokens", "up"])
+        core = tied_lora.nnx.adapted(model)
+        assert all(isinstance(x, jax.Array) for x in core.scaling.values())
+        other = core.replace(scaling={key: 3 * x for key, x in core.scaling.items()})
+        again = tied_lora.nnx.from_adapted(model, other)
+        assert tied_lora.nnx.adapted(again).scaling == other.scaling
+        stacked = tied_lora.select(tied_lora.stack([core, other]), 1)
+        slots = tied_lora.nnx.from_adapted(model, stacked)
+        assert len(jax.tree.leaves(nnx.state(slots, tied_lora.nnx.Scaling))) == len(core.scaling)
+        close(slots(TOKENS), again(TOKENS))
+
+    def test_scalings_of_a_traced_adapted(self):
+        model = wrapped(shared_variable(), ["embed_tokens", "up"])
+        core = tied_lora.nnx.adapted(model)
+        called = jax.jit(lambda core: tied_lora.nnx.from_adapted(model, core)(TOKENS))
+        close(called(core), model(TOKENS))

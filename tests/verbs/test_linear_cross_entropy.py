@@ -114,3 +114,17 @@ def test_a_quantised_table_stays_quantised():
         ours = compiled(lambda h, table: of(linear_cross_entropy, table)(h), HIDDEN, stored)
         theirs = compiled(of(cross_entropy, stored.dequantize()), HIDDEN)
         assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("weights", [[1, -3, 7, 2], [0, 0, 0, 0], [0, 0, 5, 0]])
+def test_weights_that_sum_to_zero_have_a_mean_of_zero(weights):
+    labels = jnp.array([1, 2, -100, 3])
+    weights = jnp.array(weights, jnp.float32)  # the third is of no token
+
+    def loss(hidden, weights):
+        return linear_cross_entropy(hidden, TABLE, labels, weights=weights)
+
+    value, gradients = jax.value_and_grad(loss, (0, 1))(HIDDEN[0, :4], weights)
+    assert float(value) == 0
+    for gradient in gradients:
+        assert jnp.all(gradient == 0)

@@ -114,3 +114,21 @@ def test_base_of_shapes():
     ties = [(TABLE, HEAD), (TABLE, "tail/kernel")]
     base = tied_lora.base(tied_lora.wrap(shapes, config, ties=ties))
     chex.assert_trees_all_equal_shapes_and_dtypes(base, shapes)
+
+
+def test_a_weak_type_stays_weak():
+    params = {"up": {"kernel": jnp.full((4, 4), 0.5)}, "head": {"kernel": jnp.full((4, 4), 0.5)}}
+    assert params["up"]["kernel"].weak_type
+    ties = [("up/kernel", "head/kernel", "transposed")]
+    adapted = wrapped(params, ["up"], ties=ties)
+    x = jnp.ones((2, 4), jnp.bfloat16)
+
+    def f(p, x):
+        return x @ p["up"]["kernel"] @ p["head"]["kernel"]
+
+    merged = tied_lora.merge(adapted)
+    assert all(leaf.weak_type for leaf in jax.tree.leaves(merged))
+    assert jax.jit(tied_lora.merge)(adapted)["up"]["kernel"].weak_type
+    assert f(params, x).dtype == f(merged, x).dtype == tied_lora.adapt(f)(adapted, x).dtype
+    wide = tied_lora.merge(adapted, dtype=jnp.float32)
+    assert not wide["up"]["kernel"].weak_type

@@ -68,7 +68,7 @@ def test_a_model(what):
     ],
 )
 def test_a_module_of_nnx(what, remedy):
-    expected = rf"^{what}: expected params, got Module, an nnx\.Module; .*{remedy}$"
+    expected = rf"^{what}: expected params, got Module, an nnx\.Module[,;] .*{remedy}$"
     with pytest.raises(TypeError, match=expected):
         FUNCTIONS[what](Module())
 

@@ -22,7 +22,7 @@ from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._planning.build import Named
 from flax_tied_lora._planning.matches import Hit
 from flax_tied_lora._tree.boxes import unboxed
-from flax_tied_lora._tree.paths import flatten, matches
+from flax_tied_lora._tree.paths import Listed, flatten, matches
 from flax_tied_lora._tree.processes import gathered
 
 _FACTOR = re.compile(
@@ -173,7 +173,7 @@ class _Reading:
         Args:
           written: the config's field that names the module; separate adapters are named by it.
         """
-        listed = () if isinstance(written, str) else written or ()
+        listed = written if isinstance(written, Listed | Mapping) else ()  # not token ids
         target = matches(listed, module) or module
         weights = self.names.to_torch(path, unboxed(self.leaves[path]).shape)
         if module in {w.module for w in weights}:

@@ -23,7 +23,9 @@ from flax_tied_lora._peft.adapter.fused_parts import with_parts
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter, parameters_of_adapter
 from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
+from flax_tied_lora._planning.tying import says_untied
 from flax_tied_lora._ties.find import Ties, ties_among
+from flax_tied_lora._ties.lost import differ, from_names, not_in, refuse_lost
 from flax_tied_lora._tree.boxes import in_place, refuse_models
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs.wrap import wrap_as
@@ -63,7 +65,8 @@ def load_adapter(
       AdapterFileError: a file is missing or damaged, or of another kind or model; copies of a tied
         adapter, or base embeddings, differ. Nothing is changed.
       TypeError: the params are wrapped already, or names is no `Names`.
-      ValueError: a declared tie does not fit; an option is unknown.
+      ValueError: a declared tie does not fit, or leaves that `names` has as one tensor have other
+        values (``ties=model.config`` drops one); an option is unknown.
     """
     for name, value, known in (
         ("tied_copies", tied_copies, ("same", "apart")),
@@ -80,16 +83,15 @@ def load_adapter(
         )
     refuse_models(
         "load_adapter", params,
-        "pass its state, nnx.state(module, nnx.Param), and put what this returns around the "
+        "; pass its state, nnx.state(module, nnx.Param), and put what this returns around the "
         "module by tied_lora.nnx.from_adapted",
     )  # fmt: skip
+    ties = _with_names(params, names, sites, ties)
     with read_adapter(directory) as files:
         config = _config(files)
         content = content_of(files, config, params, names)
         flag = False if tied_copies == "apart" else config.ensure_weight_tying
         asked = dataclasses.replace(config, ensure_weight_tying=flag)
-        if ties != "auto":  # An error in these is not the file's fault.
-            ties_among(flatten(params)[0], ties, sites=sites)
         try:
             adapted = wrap_as(asked, params, content.hits, sites=sites, ties=ties)
             cut = with_parts(files, content, asked, adapted.plan, names)
@@ -104,6 +106,24 @@ def load_adapter(
         elif base_embeddings == "load":
             adapted = with_base(files, content, adapted)
         return _filled(files, adapted, content, names)
+
+
+def _with_names(params: Any, names: Names, sites: CallSites | None, ties: Any) -> Any:
+    """Returns ties to which those of the names are added, where a loader made two arrays of one.
+
+    Raises:
+      ValueError: these have other values; or a declared tie does not fit.
+    """
+    leaves, _ = flatten(params)
+    groups = ties_among(leaves, ties, sites=sites)  # an error in these is not the file's fault
+    if says_untied(ties):
+        return ties
+    links = not_in(from_names(leaves, names), groups)
+    refuse_lost("load_adapter", leaves, links)
+    same = [link for link in links if differ(leaves, link) is False]
+    if not same or ties != "auto":
+        return ties
+    return [(x.first, x.second, "transposed" if x.transposed else "same") for x in same]
 
 
 def _config(files: AdapterFiles) -> LoraConfig:

@@ -28,6 +28,7 @@ from flax_tied_lora._peft.adapter.saved_config import config_of
 from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._peft.files.safetensors_write import TensorSource
 from flax_tied_lora._planning.plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS
+from flax_tied_lora._ties.lost import from_names, refuse_lost
 from flax_tied_lora._tree.boxes import unboxed
 from flax_tied_lora._tree.paths import flatten, is_marker
 from flax_tied_lora._tree.processes import gathered
@@ -62,7 +63,7 @@ def save_adapter(
 
     Raises:
       TypeError: not an `Adapted`.
-      ValueError: an option is unknown.
+      ValueError: an option is unknown; leaves that `names` has as one tensor have other values.
       UnmappedError: a leaf has no PyTorch name; it shows the line to add.
       AdapterFileError: an adapter has no form in PEFT's file, or the directory cannot be written.
     """
@@ -80,6 +81,8 @@ def save_adapter(
                 f"save_adapter: {name} of {key!r} is {list(shape)}, expected {list(expected)}: "
                 "stacked adapters are saved one by one"
             )
+    leaves, _ = flatten(adapted.params)
+    refuse_lost("save_adapter", leaves, from_names(leaves, names))
     # Factors are small enough for each process to hold those that are spread over processes.
     adapted = adapted.replace(
         adapters=gathered(adapted.adapters), scaling=gathered(adapted.scaling)
