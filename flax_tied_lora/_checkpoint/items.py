@@ -16,7 +16,8 @@ from etils import epath
 
 from flax_tied_lora._adapters.fingerprint import checksum, raw
 from flax_tied_lora._checkpoint.errors import CheckpointError, explained
-from flax_tied_lora._tree.boxes import is_box, nnx_type, unboxed
+from flax_tied_lora._tree.boxes import is_box, unboxed
+from flax_tied_lora._tree.foreign import loaded_type
 from flax_tied_lora._tree.keys import is_key
 from flax_tied_lora._tree.paths import is_tracer
 from flax_tied_lora._tree.processes import differing
@@ -27,7 +28,7 @@ _NUMBERS = (bool, int, float)
 
 def without_boxes(tree: Any) -> Any:
     """Returns a pytree in which each box, `nnx.Variable` too, is replaced by its array."""
-    variable = nnx_type("Variable")
+    variable = loaded_type("flax.nnx", "Variable")
 
     def holds_an_array(x: Any) -> bool:
         return is_box(x) or isinstance(x, variable)

@@ -22,7 +22,7 @@ from flax_tied_lora._ties.sources import (
     is_table,
     same_arrays,
 )
-from flax_tied_lora._tree.boxes import refuse_models
+from flax_tied_lora._tree.foreign import refuse_models
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._tree.quantized_array import array_of
 

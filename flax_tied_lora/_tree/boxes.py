@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen
 from flax.core import meta
 
 from flax_tied_lora._tree.paths import is_tracer, path_name
@@ -72,39 +70,3 @@ def in_place(old: Any, array: jax.Array) -> Any:
         if isinstance(sharding, jax.NamedSharding):
             array = jax.device_put(array, sharding)
     return boxed_as(old, array)
-
-
-def refuse_models(what: str, params: Any, of_module: str) -> None:
-    """Refuses a model where its params belong, which would be a pytree without a leaf of use.
-
-    Args:
-      of_module: what to do with an `nnx.Module`: how the error ends, from its comma on.
-
-    Raises:
-      TypeError: it is one.
-    """
-    kind = type(params).__name__
-    if isinstance(params, nnx_type("Module")):
-        raise TypeError(f"{what}: expected params, got {kind}, an nnx.Module{of_module}")
-    if not jax.tree_util.all_leaves([params]) or hasattr(params, "shape"):
-        return
-    if isinstance(params, linen.Module):
-        made = "what its init returns under 'params'"
-        raise TypeError(f"{what}: expected params, got {kind}, a Flax module; pass {made}")
-    if hasattr(params, "params"):
-        raise TypeError(f"{what}: expected params, got {kind}, a model; pass model.params")
-
-
-def nnx_type(name: str) -> Any:
-    """Returns a class of `flax.nnx` for `isinstance`, or ``()``, of which nothing is an instance.
-
-    Where `flax.nnx` is not imported nobody has an object of it, and importing it takes a while.
-    """
-    return getattr(sys.modules.get("flax.nnx"), name, ())
-
-
-def quantized_by_qwix(params: Any) -> list[str]:
-    """Returns the paths of the leaves that are qwix's own quantised arrays."""
-    kind = getattr(sys.modules.get("qwix"), "QArray", ())  # not imported, nobody has one
-    pairs, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, kind))
-    return [path_name(p).removesuffix("/array") for p, x in pairs if isinstance(x, kind)]

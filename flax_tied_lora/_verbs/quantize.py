@@ -14,7 +14,7 @@ from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._algebra.site_filter import OTHER
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._ties.sources import is_table
-from flax_tied_lora._tree.boxes import refuse_models
+from flax_tied_lora._tree.foreign import refuse_models
 from flax_tied_lora._tree.paths import flatten, is_marker, leaf_name, matches, module_of, nearby
 from flax_tied_lora._tree.quantized_array import (
     QTYPES,

@@ -22,8 +22,9 @@ from flax_tied_lora._ties.find import Ties, all_groups, ties_among
 from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._ties.lost import dropped
 from flax_tied_lora._ties.sources import CONFIG
-from flax_tied_lora._tree.boxes import boxes_of, quantized_by_qwix, refuse_models
+from flax_tied_lora._tree.boxes import boxes_of
 from flax_tied_lora._tree.collector import collector_paused
+from flax_tied_lora._tree.foreign import quantized_by_qwix, refuse_models
 from flax_tied_lora._tree.keys import typed_key
 from flax_tied_lora._tree.paths import (
     TiedLeaf,

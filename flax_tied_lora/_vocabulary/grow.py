@@ -14,7 +14,8 @@ from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._ties.find import all_groups, ties_among
 from flax_tied_lora._ties.groups import Member, TieGroup
-from flax_tied_lora._tree.boxes import in_place, refuse_models
+from flax_tied_lora._tree.boxes import in_place
+from flax_tied_lora._tree.foreign import refuse_models
 from flax_tied_lora._tree.keys import key_number, typed_key, uncommitted
 from flax_tied_lora._tree.paths import describe, flatten, is_marker, refuse_markers
 from flax_tied_lora._tree.quantized_array import is_quantized

@@ -12,10 +12,10 @@ from flax_tied_lora._tree.boxes import (
     boxes_of,
     in_place,
     names_along,
-    nnx_type,
     unboxed,
     with_slots,
 )
+from flax_tied_lora._tree.foreign import loaded_type
 from tests.helpers.bad_inputs import Box
 
 BOX = nn.Partitioned(jnp.ones((4, 6)), ("rows", "cols"))
@@ -69,6 +69,6 @@ def test_what_comes_in_the_place_of_an_array_is_boxed_and_placed_like_it():
 def test_classes_of_nnx_are_known_where_it_is_imported(monkeypatch):
     from flax import nnx
 
-    assert nnx_type("Module") is nnx.Module
+    assert loaded_type("flax.nnx", "Module") is nnx.Module
     monkeypatch.delitem(__import__("sys").modules, "flax.nnx")
-    assert not isinstance(3, nnx_type("Module"))
+    assert not isinstance(3, loaded_type("flax.nnx", "Module"))
