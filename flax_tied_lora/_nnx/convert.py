@@ -26,6 +26,7 @@ from flax_tied_lora._nnx.module import (
     Slot,
     as_adapted,
 )
+from flax_tied_lora._planning.plan import LORA
 from flax_tied_lora._tree.keys import key_number, typed_key
 from flax_tied_lora._tree.paths import flatten, is_tracer
 from flax_tied_lora._tree.processes import gathered
@@ -110,18 +111,22 @@ def assembled(what: str, module: Adaptable, adapted: Adapted, rng: Any) -> Adapt
 
 
 def _scalings(adapted: Adapted) -> dict[str, Any]:
-    """Returns scalings as static numbers, or as Variables where they are stacked or traced.
+    """Returns scalings as static numbers where they are the config's, else as Variables.
 
     A Variable that is no factor would count as one of the base's: tunix compares these with the
-    base model's to see whether both share them.
+    base model's to see whether both share them. A scaling of another value, as `arithmetic.scale`
+    makes it, belongs to the module's state: a state without it could not bring it back.
     """
+    plan = adapted.plan
+    stated = {a.key: np.float32(plan.config.scaling_for(a.module)) for _, a in plan.adapters(LORA)}
     known = adapted.slot is None and not any(
         is_tracer(x) or isinstance(x, jax.ShapeDtypeStruct) or np.ndim(x)
         for x in adapted.scaling.values()
     )
-    if not known:
+    values = gathered(dict(adapted.scaling)) if known else {}
+    if not known or any(np.asarray(x) != stated.get(key) for key, x in values.items()):
         return {key: Scaling(array) for key, array in adapted.scaling.items()}
-    return {key: np.asarray(x)[()] for key, x in gathered(dict(adapted.scaling)).items()}
+    return stated
 
 
 def _variables(module: nnx.Module, adapted: Adapted) -> dict[str, Any]:

@@ -142,6 +142,9 @@ class TestState:
         other = core.replace(scaling={key: 3 * x for key, x in core.scaling.items()})
         again = tied_lora.nnx.from_adapted(model, other)
         assert tied_lora.nnx.adapted(again).scaling == other.scaling
+        # A state that is saved carries them: put into a module as wrapped, it is refused.
+        assert len(jax.tree.leaves(nnx.state(again, tied_lora.nnx.Scaling))) == len(core.scaling)
+        assert not jax.tree.leaves(nnx.state(model, tied_lora.nnx.Scaling))
         stacked = tied_lora.select(tied_lora.stack([core, other]), 1)
         slots = tied_lora.nnx.from_adapted(model, stacked)
         assert len(jax.tree.leaves(nnx.state(slots, tied_lora.nnx.Scaling))) == len(core.scaling)
