@@ -29,9 +29,14 @@ def separate():
 
 @pytest.fixture(autouse=True)
 def _looked_for_again():
-    backward.marks_are_known.cache_clear()
+    forget()
     yield
+    forget()
+
+
+def forget():
     backward.marks_are_known.cache_clear()
+    sites.module_scope.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,7 @@ def test_the_marks_are_looked_for_in_whatever_surrounds_the_first_use(separate):
 )
 def test_other_marks_refuse_separate_adapters(monkeypatch, separate, module, name, other):
     monkeypatch.setattr(module, name, other)
+    forget()
     with pytest.raises(
         RuntimeError,
         match=rf"adapt: 'embed_tokens/embedding' has separate .* jax {jax.__version__} it cannot",
