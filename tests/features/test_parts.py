@@ -100,5 +100,5 @@ def test_what_does_not_grow_says_what_does():
     for params in (stored, stored.params):
         with pytest.raises(ValueError, match="'embed_tokens/embedding' is stored quantised"):
             tied_lora.grow_vocabulary(params, 40)
-    with pytest.raises(TypeError, match="SharedVariable, an nnx.Module; grow its state"):
+    with pytest.raises(TypeError, match=r"SharedVariable, an nnx\.Module; grow its state"):
         tied_lora.grow_vocabulary(SharedVariable(nnx.Rngs(0)), 20)
