@@ -120,6 +120,16 @@ class Dense(Term):
     def rearrange(self, move):
         return dataclasses.replace(self, factor=move(self.factor))
 
+    def over(self, shape: Sequence[int]) -> Dense:
+        """Returns the term with all axes of a weight of this shape, repeated along those it lacks.
+
+        An index into an axis of one entry makes axes along which a factor does not vary.
+        """
+        if len(self.factor.axes) == len(shape):
+            return self
+        order = tuple(range(len(shape)))
+        return dataclasses.replace(self, factor=Factor(self.factor.spread(order, shape), order))
+
     def dense(self, shape, dtype):
         return lax.convert_element_type(self.array, dtype)
 

@@ -100,8 +100,9 @@ class Weight:
         Raises:
           NotServedError: a term cannot follow.
         """
+        terms = [term.rearrange(move) for term in self.terms]
         return Weight(
-            terms=tuple(term.rearrange(move) for term in self.terms),
+            terms=tuple(t.over(aval.shape) if isinstance(t, Dense) else t for t in terms),
             scale=None if self.scale is None else move(self.scale),
             shape=tuple(aval.shape),
             dtype=aval.dtype,

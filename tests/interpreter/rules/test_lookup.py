@@ -225,3 +225,22 @@ def test_rows_picked_from_stacked_kernels_compile():
         run = as_shipped(jax.jit(tied_lora.adapt(function, on_dense="allow")).lower(adapted))
         found, expected = run(adapted), function(tied_lora.merge(adapted))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+ONE_ENTRY = {
+    "several axes": lambda w, ids: jnp.tanh(jnp.take(w.reshape(1, 8, 6).T, ids, axis=2)),
+    "multiplied then": lambda w, ids: jnp.einsum(
+        "abc,a->bc", jnp.take(w.reshape(1, 8, 6), ids, axis=0, mode="clip"), jnp.ones(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ONE_ENTRY.values(), ids=ONE_ENTRY.keys())
+@pytest.mark.parametrize("kind", ["lora", "copy", "rows"])
+def test_an_axis_of_one_entry_indexed_by_several(form, kind):
+    """Nothing is picked, but the result has new axes, along which the weight does not vary."""
+    adapted = wrapped({"embed": {"embedding": array(8, 6, seed=3)}}, ["embed"], kind=kind)
+    ids = jnp.array([[0, 0], [0, 0]])
+    check(lambda p: form(p["embed"]["embedding"], ids[0]), adapted, on_dense="allow")
+    if form is ONE_ENTRY["several axes"]:
+        check(lambda p: form(p["embed"]["embedding"], ids), adapted, on_dense="allow")
