@@ -26,11 +26,12 @@ from flax_tied_lora._interpreter.registry import rule
 def gather(context, eqn, weight, indices):
     if not isinstance(weight, Weight) or isinstance(indices, Weight):
         raise NotServedError
-    if weight.scale is not None and not _survives(eqn.params["fill_value"]):
-        weight = weight.folded()  # what is filled in is not scaled
     dims = eqn.params["dimension_numbers"]
     batch = _batch_positions(eqn)
     indexed = [a for a in dims.start_index_map if not _is_whole(eqn, a)]
+    scaled_later = weight.scale is not None and context.stays_weight("gather", weight, indexed)
+    if scaled_later and not _survives(eqn.params["fill_value"]):
+        weight = weight.folded()  # what is filled in is not scaled
     picked = (*indexed, *dims.operand_batching_dims)
     held: list[Sequence[int]] = [()] * eqn.outvars[0].aval.ndim
     for position in batch:
@@ -102,7 +103,7 @@ def _pick(
         picked = weight.replace(origins=origins).rearrange(aval, move, held)
         return [picked.replace(terms=tuple(t.repeated() for t in picked.terms))]
     terms = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
-    accumulate = accumulator(aval.dtype)
+    accumulate, fill = accumulator(aval.dtype), eqn.params.get("fill_value")
     parts, low_rank = [], False
     for term in terms:
         moved = term.rearrange(move)
@@ -121,14 +122,19 @@ def _pick(
         else:
             rows_picked = moved.dense(aval.shape, accumulate)
             if term.stored:
-                rows_picked = _filled(rows_picked, eqn, weight, indexed, move)
+                rows_picked = _filled(
+                    rows_picked, eqn, weight, indexed, move, eqn.params.get("fill_value")
+                )
             parts.append(rows_picked)
     scale = None if weight.scale is None else move(weight.scale)
     if len(parts) == 1 and scale is None and not low_rank:
         return [lax.convert_element_type(parts[0], aval.dtype)]
     out = sum_of([lax.convert_element_type(p, accumulate) for p in parts])
     if scale is not None:
+        # What is filled in is not scaled: times NaN, the scale's gradient would be NaN.
+        out = _filled(out, eqn, weight, indexed, move, 0)
         out *= scale.astype(accumulate).spread(range(aval.ndim), aval.shape)
+        out = _filled(out, eqn, weight, indexed, move, fill)
     return [lax.convert_element_type(out, aval.dtype)]
 
 
@@ -145,13 +151,14 @@ def _product(term: LowRank, aval: Any) -> Array:
     return flat.product(range(2), shape, aval.dtype).reshape(aval.shape)
 
 
-def _filled(array: Array, eqn: Any, weight: Weight, indexed: Sequence[int], move: Any) -> Array:
-    """Returns what was picked with the fill value where an index is out of bounds."""
+def _filled(
+    array: Array, eqn: Any, weight: Weight, indexed: Sequence[int], move: Any, fill: Any
+) -> Array:
+    """Returns what was picked with a fill value where an index is out of bounds; None is NaN."""
     if eqn.params.get("mode") != lax.GatherScatterMode.FILL_OR_DROP:
         return array
     shape = [weight.shape[a] for a in indexed]
     inside = move(Factor(jnp.ones(shape, jnp.int8), tuple(indexed)))
-    fill = eqn.params["fill_value"]
     fill = jnp.full(array.shape, jnp.nan if fill is None else fill, array.dtype)
     return lax.select(inside.spread(range(array.ndim), array.shape) > 0, array, fill)
 

@@ -244,3 +244,13 @@ def test_an_axis_of_one_entry_indexed_by_several(form, kind):
     check(lambda p: form(p["embed"]["embedding"], ids[0]), adapted, on_dense="allow")
     if form is ONE_ENTRY["several axes"]:
         check(lambda p: form(p["embed"]["embedding"], ids), adapted, on_dense="allow")
+
+
+@pytest.mark.parametrize("fill", [None, 0.0, 2.5])
+def test_what_is_filled_in_has_no_part_in_a_scales_gradient(fill):
+    """DoRA's scale: out of bounds NaN is filled in, and the magnitude's gradient is finite."""
+    adapted = wrapped({"embed": {"embedding": array(8, 6, seed=3)}}, ["embed"], kind="dora")
+    ids = jnp.array([1, 9, -3, 7])
+    check(
+        lambda p: jnp.take(p["embed"]["embedding"], ids, 0, mode="fill", fill_value=fill), adapted
+    )
