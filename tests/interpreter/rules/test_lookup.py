@@ -228,7 +228,9 @@ def test_rows_picked_from_stacked_kernels_compile():
 
 
 ONE_ENTRY = {
-    "several axes": lambda w, ids: jnp.tanh(jnp.take(w.reshape(1, 8, 6).T, ids, axis=2)),
+    "several axes": lambda w, ids: jnp.tanh(
+        jnp.take(w.reshape(1, 8, 6).T, ids, axis=2, mode="wrap")
+    ),
     "multiplied then": lambda w, ids: jnp.einsum(
         "abc,a->bc", jnp.take(w.reshape(1, 8, 6), ids, axis=0, mode="clip"), jnp.ones(2)
     ),
