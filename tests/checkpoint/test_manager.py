@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,23 +18,8 @@ import pytest
 import flax_tied_lora as tied_lora
 from flax_tied_lora import checkpoint
 from flax_tied_lora.checkpoint import CheckpointError
+from tests.helpers.saved_model import CONFIG, MODEL, OPTIMIZER, TOKENS
 
-VOCAB, WIDTH = 32, 16
-
-
-class Model(nn.Module):
-    """An embedding that is its own head, with a layer between."""
-
-    @nn.compact
-    def __call__(self, tokens):
-        embed = nn.Embed(VOCAB, WIDTH, name="embed")
-        return embed.attend(nn.tanh(nn.Dense(WIDTH, name="dense")(embed(tokens))))
-
-
-MODEL = Model()
-TOKENS = jax.random.randint(jax.random.key(9), (64, 8), 0, VOCAB)
-CONFIG = tied_lora.LoraConfig(r=2, target_modules=["embed", "dense"], lora_dropout=0.1)
-OPTIMIZER = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 0.05, 3, 20))
 APPLY = tied_lora.adapt(MODEL.apply)
 
 
