@@ -219,6 +219,7 @@ class Manager:
             with explained(what, self.directory):
                 yield
         except CheckpointError:
+            self._settle()
             if self._written is not None:
                 self._leftovers.failed(self._names.build_name(self._written))
             self._done()
@@ -226,6 +227,11 @@ class Manager:
                 # Orbax has struck the steps off that were to go when this one is on disk.
                 self._orbax.reload()
             raise
+
+    def _settle(self) -> None:
+        """Waits for what Orbax still writes of a step that has failed, whatever comes of it."""
+        with contextlib.suppress(Exception):
+            self._orbax.check_for_errors()
 
     def _done(self) -> None:
         self._written = None

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import shutil
+import time
 import zlib
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import checkpoint
@@ -88,13 +90,20 @@ def edit_record(path, change, fix_checksum=True):
 def full_disk(tmp_path):
     """A disk that is full when all is written; yields the names that were there then."""
     names = set()
+    path_type = type(epath.Path(tmp_path))
+    write_text = path_type.write_text
 
     def fail(self, directory):
         names.update(path.name for path in tmp_path.iterdir())
         raise OSError("No space left on device")
 
+    def slowly(self, data, **kwargs):
+        time.sleep(0.2)  # Orbax writes small files in a thread of their own
+        return write_text(self, data, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ocp.StandardCheckpointHandler, "finalize", fail)
+        patch.setattr(path_type, "write_text", slowly)
         yield names
 
 
