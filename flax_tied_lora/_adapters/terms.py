@@ -45,7 +45,7 @@ def weights_of(adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None) -
         array = leaf if is_quantized(leaf) else jnp.asarray(leaf)
         terms, scale = {}, None
         if parts := [a for a in group.adapters if a.span is not None]:
-            terms[parts[0]] = _parts_term(adapted, group, parts, present)
+            terms[parts[0]] = _parts_term(adapted, group, parts)
         for adapter in group.adapters:
             if adapter.span is not None:
                 continue
@@ -53,7 +53,8 @@ def weights_of(adapted: Adapted, leaves: Mapping[str, Any], dtype: Any = None) -
             terms[adapter] = _term(adapted, group, adapter, arrays, array, dtype, present)
             if adapter.dora:
                 scale = dora.scale(array, terms[adapter], arrays, group)
-                scale = Factor(_if_present(present, scale.array, 1), scale.axes)
+                if present is not None:
+                    scale = Factor(jnp.where(present, scale.array, 1), scale.axes)
         for member in group.members:
             weights[member.path] = _member(member, array, terms, scale)
     return weights
@@ -95,6 +96,9 @@ def _check_there(adapted: Adapted) -> None:
 def _selected(adapted: Adapted) -> tuple[Adapted, jax.Array | None]:
     """Returns the adapters of a slot, and whether it is one of the slots; None without slots.
 
+    Those of a slot that is not there are zeros: no delta, whose scaling is 0 too. What is not added
+    to the weight (copies, replaced rows, DoRA's scale) is to be left out by the caller.
+
     Under `jax.vmap` over slots nothing is stacked again: each array is gathered where it is used.
     """
     slot = adapted.slot
@@ -116,19 +120,17 @@ def _selected(adapted: Adapted) -> tuple[Adapted, jax.Array | None]:
     count = max((x.shape[0] for x in jax.tree.leaves(adapted.scaling)), default=0)
     count = count or jax.tree.leaves(adapted.adapters)[0].shape[0]
 
+    # A slot that is not there serves nobody's adapter: not what its neighbour has, NaN or not.
+    present = (slot >= 0) & (slot < count)
+
     def of_slot(array: Any) -> Any:
-        return lax.dynamic_index_in_dim(jnp.asarray(unboxed(array)), slot, keepdims=False)
+        picked = lax.dynamic_index_in_dim(jnp.asarray(unboxed(array)), slot, keepdims=False)
+        return jnp.where(present, picked, 0)
 
     both = adapted.adapters, adapted.scaling
     adapters, scaling = jax.tree.map(of_slot, both, is_leaf=is_box)
     one = dataclasses.replace(adapted, adapters=adapters, scaling=scaling, slot=None)
-    # A slot that is not there serves nobody's adapter, rather than its neighbour's.
-    return one, (slot >= 0) & (slot < count)
-
-
-def _if_present(present: jax.Array | None, array: jax.Array, other: Any) -> jax.Array:
-    """Returns an adapter's array, or where its slot is empty what leaves the weight as it is."""
-    return array if present is None else jnp.where(present, array, other)
+    return one, present
 
 
 def _term(
@@ -141,16 +143,18 @@ def _term(
         term = Rows.replacing(
             adapter.tokens, rows, table, group.token_axis, adapter.key, adapter.sites
         )
-        values = Factor(_if_present(present, term.values.array, 0), term.values.axes)
+        if present is None:
+            return term
+        values = Factor(jnp.where(present, term.values.array, 0), term.values.axes)
         return dataclasses.replace(term, values=values)
     if adapter.kind != LORA:
         kind = dtype or table.dtype
         copy = lax.convert_element_type(jnp.asarray(unboxed(arrays)), kind)
         if present is not None:
-            copy = _if_present(present, copy, frozen(table).dense(tuple(table.shape), kind))
+            copy = jnp.where(present, copy, frozen(table).dense(tuple(table.shape), kind))
         return Dense.of(copy, adapter.key, adapter.sites)
     a, b = _pair(group, adapter, arrays)
-    scaling = _if_present(present, jnp.asarray(adapted.scaling[adapter.key]), 0)
+    scaling = jnp.asarray(adapted.scaling[adapter.key])
     key, rate = _dropout(adapted, adapter.key)
     return LowRank(a, b, scaling, key, adapter.key, adapter.sites, rate)
 
@@ -169,14 +173,12 @@ def _dropout(adapted: Adapted, key: str) -> tuple[jax.Array | None, float]:
     return jax.random.fold_in(adapted.rng, key_number(key)), rate
 
 
-def _parts_term(
-    adapted: Adapted, group: GroupPlan, parts: Sequence[AdapterPlan], present: jax.Array | None
-) -> Term:
+def _parts_term(adapted: Adapted, group: GroupPlan, parts: Sequence[AdapterPlan]) -> Term:
     """Returns the adapters of a fused leaf's parts as one term: one product for all of them."""
     pairs = []
     for adapter in parts:
         a, b = _pair(group, adapter, adapted.adapters[adapter.kind][adapter.key])
-        scaling = _if_present(present, jnp.asarray(adapted.scaling[adapter.key]), 0)
+        scaling = jnp.asarray(adapted.scaling[adapter.key])
         pairs.append((a, b.times(Factor(scaling, ()))))
     spans = [a.span for a in parts if a.span is not None]
     a, b = block(pairs, spans, group.shape)

@@ -148,6 +148,16 @@ class Factor:
             axes = tuple(a for a in axes if a != axis)
         return Factor(array, axes).relabel(lambda a: a - (a > axis))
 
+    def same_as(self, other: Factor) -> bool:
+        """Returns whether another factor is this one: the same array, its axes labelled alike."""
+        return self.array is other.array and self.axes == other.axes
+
+    def plus(self, other: Factor) -> Factor:
+        """Returns the sum with a factor that has the same axes, in float32 or wider."""
+        wide = accumulator(self.array.dtype, other.array.dtype)
+        array = placed_as(other.ordered(self.axes).astype(wide).array, self.array)
+        return Factor(self.array.astype(wide) + array, self.axes)
+
     def times(self, scale: Factor) -> Factor:
         """Returns the product with a factor over some of this one's axes."""
         shape, dtype = self.array.shape, self.array.dtype

@@ -79,6 +79,12 @@ class Rows(Term):
     def rearrange(self, move: Callable[[Factor], Factor]) -> Rows:
         return dataclasses.replace(self, slots=move(self.slots), values=move(self.values))
 
+    def plus(self, other: Rows) -> Rows | None:
+        if not self.slots.same_as(other.slots) or {*self.values.axes} != {*other.values.axes}:
+            return None
+        values = self.values.plus(other.values)
+        return dataclasses.replace(self, values=values, unique=self.unique and other.unique)
+
     def repeated(self) -> Rows:
         return dataclasses.replace(self, unique=False)
 

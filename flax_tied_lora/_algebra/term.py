@@ -64,6 +64,13 @@ class Term(abc.ABC):
     def times(self, scale: Factor) -> Term:
         """Returns the term with a scale over some of the weight's axes multiplied in."""
 
+    def plus(self, other: Any) -> Term | None:
+        """Returns the sum with a term of the same kind, group and sites as one term, if it is one.
+
+        Without it a weight that is added to itself would have twice as many terms each time.
+        """
+        return None
+
     def repeated(self) -> Term:
         """Returns the term after an operation that may have put rows in several places."""
         return self
@@ -120,6 +127,11 @@ class Dense(Term):
     def rearrange(self, move):
         return dataclasses.replace(self, factor=move(self.factor))
 
+    def plus(self, other):
+        if {*self.factor.axes} != {*other.factor.axes}:
+            return None
+        return dataclasses.replace(self, factor=self.factor.plus(other.factor))
+
     def over(self, shape: Sequence[int]) -> Dense:
         """Returns the term with all axes of a weight of this shape, repeated along those it lacks.
 
@@ -164,6 +176,26 @@ class LowRank(Term):
     def rearrange(self, move):
         return dataclasses.replace(self, a=move(self.a), b=move(self.b))
 
+    def plus(self, other):
+        """As one, where the terms share a factor: ``a . b + c . b`` is ``(a + c) . b``."""
+        if self.key is not other.key:
+            return None
+        for field, shared in (("a", "b"), ("b", "a")):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if {*mine.axes} == {*theirs.axes} and (
+                getattr(self, shared).same_as(getattr(other, shared))
+            ):
+                if self.scaling is other.scaling:
+                    return dataclasses.replace(self, **{field: mine.plus(theirs)})
+                total = self._scaled(mine).plus(other._scaled(theirs))
+                one = jnp.ones((), self.scaling.dtype)
+                return dataclasses.replace(self, **{field: total, "scaling": one})
+        return None
+
+    def _scaled(self, factor: Factor) -> Factor:
+        wide = accumulator(factor.array.dtype, self.scaling.dtype)
+        return factor.astype(wide).times(Factor(self.scaling, ()))
+
     def product(self, order: Sequence[Axis], shape: tuple[int, ...], dtype: Any) -> Array:
         """Returns the delta materialised, its axes in the given order, its sums in float32."""
         accumulate = accumulator(dtype)
@@ -175,6 +207,10 @@ class LowRank(Term):
         return lax.convert_element_type(self.product(range(len(shape)), shape, dtype), dtype)
 
     def times(self, scale):
+        if not scale.axes:  # the factors stay those of other terms
+            wide = accumulator(self.scaling.dtype, scale.array.dtype)
+            scaling = lax.convert_element_type(self.scaling, wide) * scale.array.astype(wide)
+            return dataclasses.replace(self, scaling=scaling)
         for field in ("a", "b"):
             factor: Factor = getattr(self, field)
             if set(scale.axes) <= set(factor.axes):

@@ -22,6 +22,10 @@ from flax_tied_lora._algebra.factor import (
 )
 from flax_tied_lora._algebra.term import Dense, LowRank, Term
 
+# How many deltas of one adapter a weight may have. Each addition of a weight to itself can double
+# them, where they share no factor; that many are no longer cheaper than an array.
+MOST = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
@@ -61,8 +65,12 @@ class Weight:
 
     @classmethod
     def of(cls, dense: Array, deltas: Sequence[Term], origins: Sequence[Origin]) -> Weight:
-        """Returns the weight that is a dense array plus deltas of its shape."""
-        terms = (Dense.of(dense), *deltas)
+        """Returns the weight that is a dense array plus deltas of its shape.
+
+        Raises:
+          NotServedError: one adapter has more deltas of its own than `MOST`.
+        """
+        terms = (Dense.of(dense), *_combined(deltas))
         return cls(terms, None, tuple(dense.shape), dense.dtype, tuple(dict.fromkeys(origins)))
 
     def replace(self, **changes: Any) -> Weight:
@@ -148,6 +156,23 @@ class Weight:
         if self.scale is not None:
             total *= self.scale.astype(accumulate).spread(range(len(self.shape)), self.shape)
         return lax.convert_element_type(total, self.dtype)
+
+
+def _combined(terms: Sequence[Term]) -> list[Term]:
+    """Returns terms of the same sum, those that can be one being one."""
+    alike: dict[Any, list[Term]] = {}
+    for term in terms:
+        found = alike.setdefault((type(term), term.group, term.sites), [])
+        for i, earlier in enumerate(found):
+            both = earlier.plus(term)
+            if both is not None:
+                found[i] = both
+                break
+        else:
+            found.append(term)
+    if any(len(found) > MOST for found in alike.values()):
+        raise NotServedError
+    return [term for found in alike.values() for term in found]
 
 
 def _differ(a: Any, b: Any) -> bool:

@@ -97,8 +97,13 @@ REASONS = (
         _names("div mul"),
     ),
     Reason(
-        "which adds data of the weight's own size to it: a matrix is made in any case",
+        "which adds data of the weight's own size to it, or makes more than 32 deltas of one "
+        "adapter: a matrix is made in any case",
         _names("add add_any sub"),
+    ),
+    Reason(
+        "which puts more than 32 deltas of one adapter together",
+        _names("concatenate stack"),
     ),
     Reason(
         "which puts rows and columns into one axis",

@@ -163,6 +163,35 @@ def test_kinds_side_by_side():
     check_slots(tied_lora.put(changed, 3, None), [3, 0], [None, own[1]])
 
 
+DIVERGED: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rows": {"trainable_token_indices": {"embed_tokens": [5, 1]}},
+    "copy": {"targets": ["up"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", DIVERGED)
+def test_what_has_diverged_reaches_no_other_slot(kind, value):
+    """No other's adapter, no base, and no gradient; with slots known and traced."""
+    own = one(1, **DIVERGED[kind])
+    diverged = own.replace(adapters=jax.tree.map(lambda x: x + value, own.adapters))
+    stacked = tied_lora.stack([diverged, own, diverged])
+    check_slots(stacked, [1, NONE], [own, None])
+    served = compiled(lambda s, slot: apply(tied_lora.select(s, slot), TOKENS))
+    for slot, expected in ((1, tied_lora.merge(own)), (NONE, PARAMS), (3, PARAMS), (-7, PARAMS)):
+        np.testing.assert_allclose(served(stacked, slot), plain(expected, TOKENS), atol=2e-5)
+
+    def loss(adapted, slots):
+        return jnp.sum(tied_lora.per_example(apply)(tied_lora.select(adapted, slots), ROWS[:2]))
+
+    grads = jax.jit(tied_lora.value_and_grad(loss))(stacked, jnp.array([1, 4]))[1]
+    for x in jax.tree.leaves(grads):
+        assert np.all(np.isfinite(x))
+        assert not np.any(x[0::2])
+
+
 def test_dora_and_none():
     own = [one(1, use_dora=True), one(2, ["up"], r=3, use_dora=True)]
     stacked = tied_lora.stack(own, capacity=3)

@@ -6,8 +6,9 @@ import math
 
 from hypothesis import strategies as st
 
-from tests.helpers.draw import LARGEST, REARRANGING, SIMPLE, Maker, Value
 from tests.helpers.draw_reads import POLICIES, read
+from tests.helpers.draw_rearranging import REARRANGING, SIMPLE
+from tests.helpers.draw_values import LARGEST, Maker, Value
 from tests.helpers.programs import Call
 
 # kind -> the call; {f}: the body, {v}: its argument, {s}: a vector of two, {p}: an integer or 0.

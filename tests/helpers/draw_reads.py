@@ -7,7 +7,7 @@ import string
 
 from hypothesis import strategies as st
 
-from tests.helpers.draw import LARGEST, Maker, Operation, Value, at, changed
+from tests.helpers.draw_values import LARGEST, Maker, Operation, Value, at, changed
 
 POLICIES = (
     "None", "jax.checkpoint_policies.everything_saveable", "jax.checkpoint_policies.dots_saveable",
@@ -15,11 +15,11 @@ POLICIES = (
 )  # fmt: skip
 
 
-def _ids(m: Maker, n: int, room: int) -> tuple[str, tuple[int, ...]]:
-    """Returns indices of any rank, and their shape."""
+def _ids(m: Maker, n: int, beyond: int, room: int) -> tuple[str, tuple[int, ...]]:
+    """Returns indices of any rank, some up to so many below or above bounds, and their shape."""
     shapes = [s for s in ((), (3,), (2, 2), (1, 2, 2), (0,)) if math.prod(s) <= room]
     shape = m.pick(*shapes)
-    return m.ints(shape, n), shape
+    return m.ints(shape, n + beyond, -n - beyond if beyond else 0), shape
 
 
 def take(m: Maker, v: Value) -> Value | None:
@@ -40,9 +40,11 @@ def index(m: Maker, v: Value) -> Value | None:
     i = m.axis(v)
     if i is None:
         return None
-    ids, shape = _ids(m, v.shape[i], LARGEST // max(math.prod(v.shape) // v.shape[i], 1))
+    beyond = m.pick(0, 0, 2)  # out of bounds on purpose, in each mode
+    ids, shape = _ids(m, v.shape[i], beyond, LARGEST // max(math.prod(v.shape) // v.shape[i], 1))
     if i == 0 and m.pick(True, False):
         form = m.pick("{}[({},)]", "{}[{}, ...]", "{}.at[{}].get(mode='fill', fill_value=-1)",
+                      "{}.at[{}].get(mode='clip')", "{}.at[{}].get(mode='promise_in_bounds')",
                       "jax.vmap(lambda i, w={}: w[i])(jnp.atleast_1d({}))")  # fmt: skip
         if "vmap" in form and not shape:
             shape = (1,)
@@ -53,15 +55,15 @@ def index(m: Maker, v: Value) -> Value | None:
 def index_two(m: Maker, v: Value) -> Value | None:
     if len(v.shape) < 2:
         return None
-    shape = m.pick((3,), (2, 2))
-    first, second = m.ints(shape, v.shape[0]), m.ints(shape, v.shape[1])
+    shape, beyond = m.pick((3,), (2, 2)), m.pick(0, 0, 2)
+    first, second = m.ints(shape, v.shape[0] + beyond), m.ints(shape, v.shape[1] + beyond)
     return m.step(f"{v.name}[{first}, {second}]", (*shape, *v.shape[2:]), v.dtype, "y")
 
 
 def index_batched(m: Maker, v: Value) -> Value | None:
     if len(v.shape) < 2:
         return None
-    ids = m.ints((v.shape[0], 2), v.shape[1])
+    ids = m.ints((v.shape[0], 2), v.shape[1] + m.pick(0, 0, 2))
     form = f"jax.vmap(lambda w, i: w[i])({v.name}, {ids})"
     return m.step(form, (v.shape[0], 2, *v.shape[2:]), v.dtype, "y")
 
@@ -71,7 +73,7 @@ def along_axis(m: Maker, v: Value) -> Value | None:
     if i is None:
         return None
     shape = changed(v.shape, i, 2)
-    ids = m.ints(shape, v.shape[i])
+    ids = m.ints(shape, v.shape[i] + m.pick(0, 0, 2))
     return m.step(f"jnp.take_along_axis({v.name}, {ids}, axis={i})", shape, v.dtype, "y")
 
 
@@ -182,6 +184,20 @@ def with_itself(m: Maker, v: Value) -> Value | None:
     return m.step(f"jnp.tensordot({v.name}, {v.name}, (({i},), ({i},)))", shape, v.dtype, "y")
 
 
+def of_two(m: Maker, v: Value) -> Value | None:
+    """Draws a product of two forms of the weight, both of which stay weights up to it."""
+    if len(v.shape) != 2:
+        return None
+    form, shape = m.pick(
+        ("{0} @ {0}.T", (v.shape[0],) * 2),
+        ("{0}.T @ (2.0 * {0})", (v.shape[1],) * 2),
+        ("jnp.einsum('ij,ij->i', {0}, jnp.flip({0}, 0))", v.shape[:1]),
+        ("{0} * jnp.flip({0}, 1)", v.shape),
+        ("{0} / (2.0 + {0} * {0})", v.shape),
+    )
+    return m.step(form.format(v.name), shape, v.dtype, "y") if math.prod(shape) <= LARGEST else None
+
+
 def ragged(m: Maker, v: Value) -> Value | None:
     if len(v.shape) != 3 or 0 in v.shape:
         return None
@@ -224,5 +240,5 @@ def read(m: Maker, v: Value) -> Value:
 
 READS: tuple[Operation, ...] = (
     take, take, index, index, index_two, index_batched, along_axis, one_hot, window, product,
-    product, product, einsum, einsum, with_itself, ragged, conv, other,
+    product, product, einsum, einsum, with_itself, of_two, ragged, conv, other,
 )  # fmt: skip

@@ -69,6 +69,8 @@ class Leaf:
       rank: of the factors.
       rows, cols: its axes; () for two axes in order, of a tied table; all others are batch.
       kind: of its adapters, as `tests.helpers.oracle.wrapped` has it.
+      slot: of stacked adapters the one that is served: 1 its own, -1 none; the others are NaN.
+        None where nothing is stacked.
     """
 
     shape: tuple[int, ...]
@@ -77,12 +79,18 @@ class Leaf:
     rows: tuple[int, ...] = ()
     cols: tuple[int, ...] = ()
     kind: str = "lora"
+    slot: int | None = None
 
     @property
     def tied(self) -> bool:
         return not self.rows
 
     def code(self) -> str:
+        if self.slot is None:
+            return self._alone()
+        return f"{self._alone()}\nadapted = among_nan(adapted, {self.slot})"
+
+    def _alone(self) -> str:
         weight = f"array(*{self.shape}, seed=1, dtype=jnp.{self.dtype})"
         if self.tied:
             return (
@@ -125,11 +133,14 @@ class Program:
         reference = "lambda *args: program(*args, low=jnp.float32)" if self.low else "None"
         return "\n".join(
             [
+                "import functools",
+                "",
                 "import jax",
                 "import jax.numpy as jnp",
                 "from jax import lax",
                 "from jax.ad_checkpoint import checkpoint_name",
                 "from tests.helpers.oracle import array, check, labelled, numbers, wrapped",
+                "from tests.helpers.slots import among_nan",
                 "",
                 head,
                 textwrap.indent("\n".join([*lines, f"return [{', '.join(self.results)}]"]), "    "),
@@ -154,7 +165,7 @@ class Program:
 
         def total(params: Any) -> jax.Array:
             outputs = space["program"](params, *arguments)
-            return sum(jnp.sum(jnp.asarray(y, jnp.float32)) for y in jax.tree.leaves(outputs))
+            return sum(jnp.sum(jnp.abs(y).astype(jnp.float32)) for y in jax.tree.leaves(outputs))
 
         try:
             jax.eval_shape(jax.value_and_grad(total), tied_lora.base(space["adapted"]))

@@ -13,6 +13,7 @@ from jax.experimental import io_callback
 from jax.experimental import pallas as pl
 
 import flax_tied_lora as tied_lora
+from flax_tied_lora._algebra.weight import MOST
 from flax_tied_lora._interpreter.materialised import OTHERWISE, QUANTIZED, REASONS, reason_for
 from tests.helpers.oracle import array, labelled
 
@@ -41,6 +42,11 @@ def _kernel(source, target):
     target[...] = 2.0 * source[...]
 
 
+def many(w):
+    """More deltas of one adapter than are kept side by side: no two of them share a factor."""
+    return [w * (X[:1] + i) for i in range(MOST + 1)]
+
+
 SAME_NAME = (
     "acos acosh asin asinh atan atanh cbrt ceil cos cosh digamma erf erf_inv erfc exp exp2 expm1 "
     "floor is_finite lgamma log log1p logistic rsqrt round sign sin sinh sqrt square tan tanh "
@@ -54,6 +60,7 @@ CASES = {name: getattr(lax, name) for name in re.findall(r"\w+", SAME_NAME)} | {
     "argmin": lambda w: jnp.argmin(w, axis=0),
     "atan2": lambda w: lax.atan2(w, X),
     "bitcast_convert_type": lambda w: lax.bitcast_convert_type(w, jnp.int32),
+    "concatenate": lambda w: jnp.concatenate(many(w)),
     "cholesky": lambda w: lax.linalg.cholesky(w, symmetrize_input=False),
     "clamp": lambda w: lax.clamp(0.0, w, 1.0),
     "conv_general_dilated": lambda w: lax.conv_general_dilated(w[None], X[None], (1,), "SAME"),
@@ -104,6 +111,7 @@ CASES = {name: getattr(lax, name) for name in re.findall(r"\w+", SAME_NAME)} | {
     "scatter-add": lambda w: X.at[jnp.array([1, 1])].add(w[:2]),
     "select_n": lambda w: jnp.where(X > 0, w, 0.0),
     "sort": lambda w: jnp.sort(w),
+    "stack": lambda w: lax.stack(many(w)),
     "svd": lambda w: lax.linalg.svd(w),
     "top_k": lambda w: lax.top_k(w, 2),
     "triangular_solve": lambda w: lax.linalg.triangular_solve(w, X),

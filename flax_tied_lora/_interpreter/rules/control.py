@@ -81,16 +81,19 @@ def jit(context, eqn, *operands):
         context, eqn, flat, built.jaxpr.out_avals, jaxpr=built.jaxpr,
         effects=built.jaxpr.effects, **changes,
     )  # fmt: skip
-    results = shown(jax.tree.unflatten(built.outputs, results), names)
-    return _forwarded(inner.jaxpr, operands, results)
+    results = _forwarded(built.jaxpr.jaxpr, flat, results, outs)
+    return shown(jax.tree.unflatten(built.outputs, results), names)
 
 
-def _forwarded(jaxpr: Jaxpr, operands: Sequence[Any], results: Sequence[Any]) -> list[Any]:
-    """Returns results, a weight that was merely handed through being the one that went in."""
+def _forwarded(
+    jaxpr: Jaxpr, operands: Sequence[Any], results: Sequence[Any], outputs: Sequence[Any]
+) -> list[Any]:
+    """Returns results, what was merely handed through of a weight being what went in."""
     positions = {v: i for i, v in enumerate(jaxpr.invars)}
+    of_weight = [isinstance(x, Weight) for x in outputs for _ in jax.tree.leaves(x)]
     return [
-        operands[positions[v]] if isinstance(x, Weight) and v in positions else x
-        for v, x in zip(jaxpr.outvars, results, strict=True)
+        operands[positions[v]] if part and v in positions else x
+        for v, x, part in zip(jaxpr.outvars, results, of_weight, strict=True)
     ]
 
 
@@ -117,7 +120,9 @@ def checkpoint(context, eqn, *operands):
     results = run_with(
         context, eqn, [*consts, *flat], built.jaxpr.out_avals, jaxpr=opened, effects=opened.effects
     )
-    return _forwarded(inner, operands, shown(jax.tree.unflatten(built.outputs, results), names))
+    outs = jax.tree.unflatten(built.outputs, built.jaxpr.out_avals)
+    results = _forwarded(built.jaxpr.jaxpr, flat, results, outs)
+    return shown(jax.tree.unflatten(built.outputs, results), names)
 
 
 def _opened(closed: ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:

@@ -11,16 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_tied_lora._algebra.factor import FLOATS, RANK, Factor, NotServedError
+from flax_tied_lora._algebra.factor import RANK, Factor, NotServedError
 from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._algebra.term import LowRank
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
-from flax_tied_lora._tree.sharding import vary
 
 Axes = Sequence[Sequence[int]]
 
@@ -186,7 +184,9 @@ def slice_(factor: Factor, eqn: Any) -> Factor:
         (0, n, 1) if a == RANK else (p["start_indices"][a], p["limit_indices"][a], strides[a])
         for a, n in zip(factor.axes, factor.array.shape, strict=True)
     ]
-    starts, limits, steps = zip(*bounds, strict=True) if bounds else ((), (), ())
+    if bounds == [(0, n, 1) for n in factor.array.shape]:
+        return factor
+    starts, limits, steps = zip(*bounds, strict=True)
     return Factor(lax.slice(factor.array, starts, limits, steps), factor.axes)
 
 
@@ -233,68 +233,4 @@ def tile(context, eqn, weight):
 @_layout("rev")
 def rev(factor: Factor, eqn: Any) -> Factor:
     dims = [i for i, a in enumerate(factor.axes) if a in eqn.params["dimensions"]]
-    return Factor(lax.rev(factor.array, dims), factor.axes)
-
-
-@rule("convert_element_type")
-def convert_element_type(context, eqn, weight):
-    new = jnp.dtype(eqn.params["new_dtype"])
-    if new.name not in FLOATS or jnp.dtype(weight.dtype).name not in FLOATS:
-        raise NotServedError
-    cast = on_arrays(context, eqn, lambda factor: factor)
-    out = weight.rearrange(eqn.outvars[0].aval, cast, same_axes(eqn))
-    return [out.replace(dtype=new)]
-
-
-def _each_array(context, eqn, weight):
-    """Runs an equation that does the same to any array on each array of the weight."""
-    out = jax.tree.map(
-        lambda a: a if jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
-        else eqn.primitive.bind(a, **eqn.params)[0] if eqn.primitive.multiple_results
-        else eqn.primitive.bind(a, **eqn.params),
-        weight,
-    )  # fmt: skip
-    return [out]
-
-
-rule("copy", "copy_p", "stop_gradient", "pcast", "name")(_each_array)
-
-
-@rule("pvary")
-def pvary(context, eqn, weight):
-    """Each array varies over the mesh axes that are named; some may do so already."""
-    return [jax.tree.map(lambda a: vary(a, eqn.params["axes"]), weight)]
-
-
-@rule("optimization_barrier")
-def optimization_barrier(context, eqn, *operands):
-    return lax.optimization_barrier(list(operands))
-
-
-@rule("sharding_constraint", "reshard")
-def sharding_constraint(context, eqn, weight):
-    """Each factor goes where the weight's axes that it has go; its rank axis is replicated."""
-    name = "sharding" if "sharding" in eqn.params else "dst_sharding"
-    sharding = eqn.params[name]
-    spec = getattr(sharding, "spec", None)
-    if spec is None:
-        raise NotServedError
-    whole = (*spec, *[None] * (len(weight.shape) - len(spec)))
-
-    def to(array: Any, axes: Sequence[Any]) -> Any:
-        names = jax.P(*(None if a == RANK else whole[a] for a in axes))
-        params = {**eqn.params, name: jax.NamedSharding(sharding.mesh, names)}
-        if free := eqn.params.get("unconstrained_dims"):
-            params["unconstrained_dims"] = {i for i, a in enumerate(axes) if a in free}
-        return eqn.primitive.bind(array, **params)
-
-    def move(factor: Factor) -> Factor:
-        if factor.is_array(len(weight.shape)) and factor.in_order():
-            (array,) = context.run(eqn, [factor.array])
-            return Factor(array, factor.axes)
-        return Factor(to(factor.array, factor.axes), factor.axes)
-
-    placed = weight.rearrange(eqn.outvars[0].aval, move, same_axes(eqn))
-    if eqn.primitive.name == "reshard":  # scalars too must be of the mesh that it moves to
-        placed = jax.tree.map(lambda a: a if a.ndim else to(a, ()), placed)
-    return [placed]
+    return Factor(lax.rev(factor.array, dims), factor.axes) if dims else factor

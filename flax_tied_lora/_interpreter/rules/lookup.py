@@ -11,7 +11,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from flax_tied_lora._algebra.factor import RANK, Factor, NotServedError, accumulator, sum_of
@@ -20,6 +22,7 @@ from flax_tied_lora._algebra.site_filter import LOOKUP
 from flax_tied_lora._algebra.term import Dense, LowRank
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
+from flax_tied_lora._tree.sharding import placed_as
 
 
 @rule("gather")
@@ -54,10 +57,7 @@ def gather(context, eqn, weight, indices):
 
     # Beside axes of which one entry is picked, a window over others is a choice of columns.
     rows = [a for a in indexed if a in dims.collapsed_slice_dims] or indexed
-    return _pick(
-        context, eqn, weight, indexed, rows, dims.operand_batching_dims,
-        move, held,
-    )  # fmt: skip
+    return _pick(context, eqn, weight, indices, indexed, rows, move, held)
 
 
 def _survives(fill: Any) -> bool:
@@ -85,12 +85,12 @@ def dynamic_slice(context, eqn, weight, *starts):
         return Factor(array, factor.axes)
 
     held = [(i,) for i in range(len(weight.shape))]
-    return _pick(context, eqn, weight, cut, cut, (), move, held)
+    return _pick(context, eqn, weight, None, cut, cut, move, held)
 
 
 def _pick(
-    context: Any, eqn: Any, weight: Weight, indexed: Sequence[int], rows: Sequence[int],
-    batch: Sequence[int], move: Any, held: Any,
+    context: Any, eqn: Any, weight: Weight, indices: Any, indexed: Sequence[int],
+    rows: Sequence[int], move: Any, held: Any,
 ):  # fmt: skip
     aval = eqn.outvars[0].aval
     if not indexed:
@@ -102,6 +102,8 @@ def _pick(
         )
         picked = weight.replace(origins=origins).rearrange(aval, move, held)
         return [picked.replace(terms=tuple(t.repeated() for t in picked.terms))]
+    dims = eqn.params.get("dimension_numbers")
+    batch = () if dims is None else dims.operand_batching_dims
     terms = context.read(eqn.primitive.name, weight, LOOKUP, rows=rows, batch=batch)
     accumulate, fill = accumulator(aval.dtype), eqn.params.get("fill_value")
     parts, low_rank = [], False
@@ -122,9 +124,7 @@ def _pick(
         else:
             rows_picked = moved.dense(aval.shape, accumulate)
             if term.stored:
-                rows_picked = _filled(
-                    rows_picked, eqn, weight, indexed, move, eqn.params.get("fill_value")
-                )
+                rows_picked = _filled(rows_picked, eqn, indices, eqn.params.get("fill_value"))
             parts.append(rows_picked)
     scale = None if weight.scale is None else move(weight.scale)
     if len(parts) == 1 and scale is None and not low_rank:
@@ -132,10 +132,10 @@ def _pick(
     out = sum_of([lax.convert_element_type(p, accumulate) for p in parts])
     if scale is not None:
         # What is filled in is not scaled: times NaN, the scale's gradient would be NaN.
-        out = _filled(out, eqn, weight, indexed, move, 0)
+        out = _filled(out, eqn, indices, 0)
         out *= scale.astype(accumulate).spread(range(aval.ndim), aval.shape)
-        out = _filled(out, eqn, weight, indexed, move, fill)
-    return [lax.convert_element_type(out, aval.dtype)]
+        out = _filled(out, eqn, indices, fill)
+    return [_as_differentiated(lax.convert_element_type(out, aval.dtype), eqn, indices)]
 
 
 def _product(term: LowRank, aval: Any) -> Array:
@@ -151,16 +151,52 @@ def _product(term: LowRank, aval: Any) -> Array:
     return flat.product(range(2), shape, aval.dtype).reshape(aval.shape)
 
 
-def _filled(
-    array: Array, eqn: Any, weight: Weight, indexed: Sequence[int], move: Any, fill: Any
-) -> Array:
+def _filled(array: Array, eqn: Any, indices: Any, fill: Any) -> Array:
     """Returns what was picked with a fill value where an index is out of bounds; None is NaN."""
     if eqn.params.get("mode") != lax.GatherScatterMode.FILL_OR_DROP:
         return array
-    shape = [weight.shape[a] for a in indexed]
-    inside = move(Factor(jnp.ones(shape, jnp.int8), tuple(indexed)))
-    fill = jnp.full(array.shape, jnp.nan if fill is None else fill, array.dtype)
-    return lax.select(inside.spread(range(array.ndim), array.shape) > 0, array, fill)
+    other = jnp.full_like(array, jnp.nan if fill is None else fill)
+    return lax.select(_inside(eqn, indices, array), array, other)
+
+
+def _as_differentiated(array: Array, eqn: Any, indices: Any) -> Array:
+    """Returns what was picked, with no derivative where an index is out of bounds.
+
+    That is how JAX has the mode of ``table[ids]``, which promises that none is: the last row is
+    picked, and what the gradient brings for it is dropped.
+    """
+    if eqn.params.get("mode") != lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+        return array
+
+    @jax.custom_jvp
+    def same(array: Array, indices: Array) -> Array:
+        return array
+
+    @same.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        array, indices = primals
+        tangent = tangents[0]
+        inside = _inside(eqn, indices, tangent)
+        return same(array, indices), lax.select(inside, tangent, jnp.zeros_like(tangent))
+
+    return same(array, indices)
+
+
+def _inside(eqn: Any, indices: Array, like: Array) -> Array:
+    """Returns where an array that was picked is from indices within bounds (`lax.gather`)."""
+    sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+    last = [shape[a] - sizes[a] for a in eqn.params["dimension_numbers"].start_index_map]
+    # As unsigned numbers, those below 0 are above all others.
+    kind = jnp.dtype(f"uint{8 * indices.dtype.itemsize}")
+    bounds = np.asarray([min(n, jnp.iinfo(kind).max) for n in last], kind)
+    found = lax.convert_element_type(indices, kind)
+    if len(last) == 1:
+        found = lax.squeeze(found, [found.ndim - 1])
+        inside = lax.le(found, lax.full_like(found, bounds[0]))
+    else:
+        bounds = lax.broadcast_in_dim(bounds, found.shape, (found.ndim - 1,))
+        inside = jnp.all(lax.le(found, bounds), axis=-1)
+    return placed_as(lax.broadcast_in_dim(inside, like.shape, _batch_positions(eqn)), like)
 
 
 def _batch_positions(eqn: Any) -> list[int]:

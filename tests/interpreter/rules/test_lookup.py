@@ -80,6 +80,28 @@ def test_out_of_bounds(mode, axis):
     check(lambda params: jnp.take(table(params), BEYOND, axis=axis, mode=mode), TABLE)
 
 
+# What a promise that is not kept gives: the last row is picked, and its gradient is dropped.
+PROMISED = {
+    "W[ids]": lambda w: w[BEYOND],
+    "columns": lambda w: w[:, BEYOND],
+    "both": lambda w: w[BEYOND, BEYOND[::-1]],
+    "promised": lambda w: w.at[BEYOND].get(mode="promise_in_bounds"),
+    "small ids": lambda w: w.at[BEYOND.astype(jnp.int8)].get(mode="promise_in_bounds"),
+    "vmap": lambda w: jax.vmap(lambda i: w[i])(BEYOND),
+    "batched": lambda w: jax.vmap(lambda row, i: row[i])(w, BEYOND[:, None]),
+    "windows": lambda w: lax.gather(
+        w, jnp.array([[1, 2], [6, 4]]), DIMS, (2, 3), mode="promise_in_bounds"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "rows", "copy"])
+@pytest.mark.parametrize("form", PROMISED)
+def test_promised_in_bounds_and_out_of_them(form, kind):
+    adapted = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"], kind=kind)
+    check(lambda params: PROMISED[form](table(params)), adapted)
+
+
 @pytest.mark.parametrize("fill", [None, 0, -2.5])
 def test_fill_values_are_not_scaled(fill):
     def fn(params):
