@@ -1,5 +1,6 @@
 """One short rule for each operation that is linear in a weight. Importing this registers them."""
 
+from flax_tied_lora._interpreter.rules import collectives as collectives
 from flax_tied_lora._interpreter.rules import control as control
 from flax_tied_lora._interpreter.rules import experts as experts
 from flax_tied_lora._interpreter.rules import joining as joining

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, Var
 
 from flax_tied_lora._algebra.term import Dense
 from flax_tied_lora._algebra.weight import Weight
@@ -92,7 +92,7 @@ def _forwarded(
     positions = {v: i for i, v in enumerate(jaxpr.invars)}
     of_weight = [isinstance(x, Weight) for x in outputs for _ in jax.tree.leaves(x)]
     return [
-        operands[positions[v]] if part and v in positions else x
+        operands[positions[v]] if part and isinstance(v, Var) and v in positions else x
         for v, x, part in zip(jaxpr.outvars, results, of_weight, strict=True)
     ]
 

@@ -41,10 +41,11 @@ def gather(context, eqn, weight, indices):
         held[position] = picked
     for axis, position in _offset_positions(eqn).items():
         held[position] = (axis,)
-    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+    if not _is_clamped(eqn):
         for term in weight.terms:
             if not (term.whole or term.stored) and set(indexed) - term.factor_axes():
-                raise NotServedError  # the delta is constant there, and 0 where the index is out
+                # The delta is constant there, and where the index is out it or its gradient is 0.
+                raise NotServedError
 
     def move(factor: Factor) -> Factor:
         if not factor.is_array(len(weight.shape)):
@@ -65,10 +66,14 @@ def _survives(fill: Any) -> bool:
     return fill is None or fill == 0 or bool(fill != fill)
 
 
+def _is_clamped(eqn: Any) -> bool:
+    """Returns whether an index that is out of bounds stands for the nearest one, gradients too."""
+    return eqn.params["mode"] == lax.GatherScatterMode.CLIP
+
+
 def _is_whole(eqn: Any, axis: int) -> bool:
     """Returns whether a gather takes all of an axis wherever its index points."""
-    clamped = eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
-    return clamped and eqn.params["slice_sizes"][axis] == eqn.invars[0].aval.shape[axis]
+    return _is_clamped(eqn) and eqn.params["slice_sizes"][axis] == eqn.invars[0].aval.shape[axis]
 
 
 @rule("dynamic_slice")
@@ -100,7 +105,10 @@ def _pick(
             dataclasses.replace(o, picked=o.on_leaf(rows), picked_by=eqn.primitive.name)
             for o in weight.origins
         )
-        picked = weight.replace(origins=origins).rearrange(aval, move, held)
+        terms = weight.terms
+        if eqn.params.get("mode") == lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+            terms = tuple(map(_scaled_before, terms))
+        picked = weight.replace(origins=origins, terms=terms).rearrange(aval, move, held)
         return [picked.replace(terms=tuple(t.repeated() for t in picked.terms))]
     dims = eqn.params.get("dimension_numbers")
     batch = () if dims is None else dims.operand_batching_dims
@@ -180,6 +188,14 @@ def _as_differentiated(array: Array, eqn: Any, indices: Any) -> Array:
         return same(array, indices), lax.select(inside, tangent, jnp.zeros_like(tangent))
 
     return same(array, indices)
+
+
+def _scaled_before(term: Any) -> Any:
+    """Returns a term whose scaling is in a factor, so that it is indexed, and its derivative too."""
+    if not isinstance(term, LowRank):
+        return term
+    one = jnp.ones((), term.scaling.dtype)
+    return dataclasses.replace(term, a=term.a.times(Factor(term.scaling, ())), scaling=one)
 
 
 def _inside(eqn: Any, indices: Array, like: Array) -> Array:

@@ -13,7 +13,7 @@ from jax import lax
 import flax_tied_lora as tied_lora
 from tests.helpers import one_kernel
 from tests.helpers.compiling import as_shipped
-from tests.helpers.oracle import array, check, numbers, only, wrapped
+from tests.helpers.oracle import array, check, labelled, numbers, only, wrapped
 
 TABLE = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"])
 IDS = numbers(2, 3, below=8, seed=5)
@@ -100,6 +100,22 @@ PROMISED = {
 def test_promised_in_bounds_and_out_of_them(form, kind):
     adapted = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"], kind=kind)
     check(lambda params: PROMISED[form](table(params)), adapted)
+
+
+@pytest.mark.parametrize("form", ["layers", "one entry", "constant"])
+def test_a_promise_not_kept_where_what_is_picked_stays_a_weight(form):
+    adapted = labelled((3, 4, 5), (1,), (2,))
+    form_of = {
+        "layers": lambda w: w,
+        "one entry": lambda w: w[:1],
+        "constant": lambda w: jnp.broadcast_to(w[0], (3, 4, 5)),
+    }[form]
+
+    def fn(params, x, ids):
+        w = form_of(params["dense"]["kernel"])
+        return jnp.einsum("ti,tio->to", x, w[ids])
+
+    check(fn, adapted, array(4, 4, seed=3), jnp.array([0, 5, 2, -7]), on_dense="allow")
 
 
 @pytest.mark.parametrize("fill", [None, 0, -2.5])
