@@ -191,7 +191,7 @@ def _as_differentiated(array: Array, eqn: Any, indices: Any) -> Array:
 
 
 def _scaled_before(term: Any) -> Any:
-    """Returns a term whose scaling is in a factor, so that it is indexed, and its derivative too."""
+    """Returns a term whose scaling is in a factor: it is indexed, and so is its derivative."""
     if not isinstance(term, LowRank):
         return term
     one = jnp.ones((), term.scaling.dtype)
