@@ -7,8 +7,8 @@ from typing import Any
 
 from flax_tied_lora._algebra.site_filter import SiteFilter
 from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._planning.naming import ROLES
 from flax_tied_lora._planning.plan import GroupPlan
-from flax_tied_lora._planning.targets import ROLES
 from flax_tied_lora._tree.paths import leaf_name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION
+from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION, module_path
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSite, CallSites
 from flax_tied_lora._planning.axes import SITES_LINE, in_canonical_layout, read_as_table
@@ -47,9 +47,8 @@ def all_linear(
             continue
         key = by_leaf[site.leaf].key
         if kinds[key] & {PROJECTION} and LOOKUP not in kinds[key] and key != output:
-            if not adaptable(leaves[site.leaf]) or excluded(
-                config, site.leaf, module_of(site.leaf)
-            ):
+            names = (site.leaf, module_of(site.leaf), site.scope, module_path(site.scope))
+            if not adaptable(leaves[site.leaf]) or excluded(config, *filter(None, names)):
                 continue
             module = module_of(site.leaf) or site.leaf
             hits[key] = (Hit(str(config.target_modules), module, leaf=site.leaf),)

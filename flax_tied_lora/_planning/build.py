@@ -63,7 +63,7 @@ def make_plan(
     """
     if named is None:
         lora = resolve(config, leaves, groups, sites)
-        check_patterns(config, lora, leaves, groups)
+        check_patterns(config, lora, leaves, groups, sites)
         saved: Hits = {}
         for name in config.modules_to_save or ():
             for key, hits in named_groups("modules_to_save", name, leaves, groups, sites).items():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION, Role, module_path
+from flax_tied_lora._algebra.site_filter import OTHER, module_path
 from flax_tied_lora._config.checks import as_tuple
 from flax_tied_lora._config.config import LoraConfig
-from flax_tied_lora._interpreter.sites import CallSite, CallSites
+from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._planning.all_linear import ALL_LINEAR, all_linear
 from flax_tied_lora._planning.axes import SITES_LINE
 from flax_tied_lora._planning.matches import (
@@ -17,29 +17,22 @@ from flax_tied_lora._planning.matches import (
     Hit,
     Hits,
     adaptable,
-    excluded,
-    in_layer,
     part_names,
     stacked_hint,
 )
+from flax_tied_lora._planning.naming import by_path, by_role, by_scope, refuse_unread
 from flax_tied_lora._ties.groups import TieGroup
-from flax_tied_lora._ties.sources import is_table
 from flax_tied_lora._tree.paths import (
     describe,
     dotted,
     ending_with,
-    leaf_name,
     matches,
     module_of,
     nearby,
 )
 
-# What Flax calls leaves that are added or multiplied in, entry by entry.
-_VECTORS = ("bias", "scale")
 # How many names that mean nothing get a remedy: each costs a look at every name there is.
 SHOWN = 10
-# Names by which PEFT's users mean a role in a tied group, whatever its modules are called.
-ROLES: dict[str, Role] = {"embed_tokens": LOOKUP, "lm_head": PROJECTION}
 
 
 class UnmatchedTargetWarning(UserWarning):
@@ -81,12 +74,12 @@ def resolve(
     for target in (targets,) if isinstance(targets, str) else targets:
         pattern = target if isinstance(targets, str) else (target,)
         among = candidates.leaves(target)
-        named, refused = _by_path(target, pattern, config, among, by_leaf, sites)
+        named, refused = by_path(target, pattern, config, among, by_leaf, sites)
         # A tied head may have a leaf of its own that is no matrix: its bias.
         named = (
             named
-            or _by_scope(target, pattern, config, by_leaf, candidates.sites(target))
-            or _by_role(target, groups, sites)
+            or by_scope(target, pattern, config, by_leaf, candidates.sites(target))
+            or by_role(target, groups, sites)
         )
         if refused and not named:
             raise ValueError(
@@ -96,6 +89,7 @@ def resolve(
             )
         if not named:
             unmatched.append(target)
+        refuse_unread(target, named, by_leaf, groups, sites)
         for key, hit in named:
             hits.setdefault(key, []).append(hit)
     if not hits:
@@ -142,7 +136,7 @@ def named_groups(
             key = by_leaf[site.leaf].key
             if key not in hits or all(h.scope for h in hits[key]):
                 hits.setdefault(key, []).append(Hit(name, scope, scope=scope))
-    for key, hit in _by_role(name, groups, sites) if not hits else ():
+    for key, hit in by_role(name, groups, sites) if not hits else ():
         hits.setdefault(key, []).append(hit)
     if not hits:
         raise ValueError(_nothing_named(field, name, [name], leaves, sites))
@@ -208,78 +202,6 @@ def _modules(leaves: Mapping[str, Any]) -> list[str]:
 
 def _examples(leaves: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(m.rpartition("/")[2] for m in _modules(leaves)))[:4]
-
-
-def _by_path(
-    target: str, pattern: Any, config: LoraConfig, leaves: Mapping[str, Any],
-    by_leaf: Mapping[str, TieGroup], sites: CallSites | None,
-) -> tuple[list[tuple[str, Hit]], list[str]]:  # fmt: skip
-    """Returns the groups that are named; without any, the leaves named that are no matrix."""
-    named, refused, left_out = [], [], False
-    for path, leaf in leaves.items():
-        module = module_of(path)
-        for part in ("", *part_names(config, path, leaf)):
-            tail = f":{part}" if part else ""
-            whole = matches(pattern, path + tail) is not None
-            if not whole and (not module or matches(pattern, module + tail) is None):
-                continue
-            if excluded(config, path, module, path + tail, module + tail) or not in_layer(
-                config, module
-            ):
-                left_out |= adaptable(leaf)
-            elif adaptable(leaf) and (whole or not _is_vector(path, by_leaf[path], sites)):
-                hit = Hit(target, module or path, leaf=path, part=part)
-                named.append((by_leaf[path].key, hit))
-            else:
-                refused.append(f"{path!r} {describe(leaf)}{_read_by(path, by_leaf[path], sites)}")
-    return named, [] if named or left_out else refused
-
-
-def _read_by(path: str, group: TieGroup, sites: CallSites | None) -> str:
-    """Returns what reads a leaf, where these are no products and no lookups."""
-    operations = dict.fromkeys(s.operation for s in (sites or CallSites()).of(*group.paths))
-    return f", which is read by {', '.join(operations)} only" if operations else ""
-
-
-def _is_vector(path: str, group: TieGroup, sites: CallSites | None) -> bool:
-    """Returns whether a leaf is a bias or a scale, which a module's name does not mean.
-
-    Those of attention heads and of stacked layers have two axes or more, as matrices do.
-    """
-    used = (sites or CallSites()).of(*group.paths)
-    if used and not is_table(path):  # a table of positions is added
-        return all(s.role == OTHER for s in used)
-    return leaf_name(path) in _VECTORS
-
-
-def _by_scope(
-    target: str, pattern: Any, config: LoraConfig, by_leaf: Mapping[str, TieGroup],
-    sites: Iterable[CallSite],
-) -> list[tuple[str, Hit]]:  # fmt: skip
-    named = []
-    for site in sites:
-        # "Model/embed_tokens.attend" is the module embed_tokens, in its method attend.
-        scope = module_path(site.scope)
-        names = [n for n in (site.scope, scope) if n]
-        if site.leaf not in by_leaf or site.role == OTHER or excluded(config, *names, site.leaf):
-            continue
-        if any(matches(pattern, n) is not None for n in names) and in_layer(config, scope):
-            named.append((by_leaf[site.leaf].key, Hit(target, scope, scope=scope)))
-    return named
-
-
-def _by_role(
-    target: str, groups: Sequence[TieGroup], sites: CallSites | None
-) -> list[tuple[str, Hit]]:
-    role = ROLES.get(target)
-    if role is None:
-        return []
-    named = []
-    for group in groups:
-        roles = {s.role for s in (sites or CallSites()).of(*group.paths)}
-        if {LOOKUP, PROJECTION} <= roles:
-            named.append((group.key, Hit(target, target, role=role)))
-    return named
 
 
 def _nothing_named(

@@ -6,21 +6,33 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flax_tied_lora._algebra.site_filter import module_path
 from flax_tied_lora._config.axes_and_parts import parts_of_leaf
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._config.patterns import FrozenMapping, pattern_value
-from flax_tied_lora._planning.matches import Hits, by_part, numbered
+from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._planning.matches import Hits, by_part, numbered, part_names
 from flax_tied_lora._planning.targets import SHOWN, UnmatchedTargetWarning
 from flax_tied_lora._ties.groups import TieGroup
-from flax_tied_lora._tree.paths import describe, module_of, nearby
+from flax_tied_lora._tree.paths import (
+    describe,
+    dotted,
+    ending_with,
+    matches,
+    module_of,
+    nearby,
+)
 
 _NOTHING = object()
 
 
 def check_patterns(
-    config: LoraConfig, hits: Hits, leaves: Mapping[str, Any], groups: Sequence[TieGroup]
-) -> None:
+    config: LoraConfig, hits: Hits, leaves: Mapping[str, Any], groups: Sequence[TieGroup],
+    sites: CallSites | None,
+) -> None:  # fmt: skip
     """Warns of each key of a config's mappings that is for no module adapted.
+
+    So it does of what `exclude_modules` names in vain (``peft.tuners.tuners_utils.BaseTuner``).
 
     Raises:
       ValueError: a key is for one of the layers that are stacked in one leaf.
@@ -40,6 +52,33 @@ def check_patterns(
     names = [name for path in paths for name in (path, module_of(path)) if name]
     for field in ("axes", "parts"):
         _warn(field, _unused(getattr(config, field), names), modules)
+    _warn_of_exclusions(config, leaves, sites)
+
+
+def _warn_of_exclusions(
+    config: LoraConfig, leaves: Mapping[str, Any], sites: CallSites | None
+) -> None:
+    excluded = config.exclude_modules
+    if not excluded:
+        return
+    names = [n for path in leaves for n in (path, module_of(path)) if n]
+    parts = [(path, part_names(config, path, leaf)) for path, leaf in leaves.items()]
+    names += [f"{n}:{x}" for path, of in parts for x in of for n in (path, module_of(path))]
+    names += [n for s in sites or () for n in (s.scope, module_path(s.scope)) if n]
+    if isinstance(excluded, str):
+        vain = [] if any(matches(excluded, name) is not None for name in names) else [excluded]
+    else:
+        found = ending_with(excluded, ((name, [name]) for name in names))
+        vain = [name for name in excluded if not found[dotted(name)]]
+    for number, name in enumerate(vain[:SHOWN], 1):
+        more = len(vain) - SHOWN if number == SHOWN else 0
+        warnings.warn(
+            f"wrap: {name!r} in exclude_modules names no leaf, module or call site, so nothing is "
+            f"excluded by it; nearby: {', '.join(map(repr, nearby(name, names)))}"
+            + (f". So do {more} more" if more > 0 else ""),
+            UnmatchedTargetWarning,
+            stacklevel=7,
+        )
 
 
 def _unused(mapping: FrozenMapping[Any], names: Iterable[str]) -> list[str]:

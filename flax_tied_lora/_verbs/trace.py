@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,9 +26,9 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
     """Returns the call sites of every parameter leaf in ``fn(*args, **kwargs)``.
 
     Nothing is computed: arrays may be given as `jax.ShapeDtypeStruct`. The params are the
-    ``params`` collection of any argument or the argument named so; where there is none, the first
-    argument that is a pytree of floating-point arrays and not an array itself. A leaf's path is
-    its path within the params.
+    ``params`` collection of any argument, or the argument that is called so; where there is none,
+    the one argument that is a pytree with floating-point arrays and not an array itself. A leaf's
+    path is its path within the params.
 
     Args:
       fn: a function that takes plain params, for example ``model.apply``.
@@ -36,7 +36,7 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
       **kwargs: its keyword arguments.
 
     Raises:
-      ValueError: no params are found among the arguments.
+      ValueError: no params are found among the arguments, or several of them could be.
 
     Example::
 
@@ -45,7 +45,7 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
       adapted = tied_lora.wrap(params, config, sites=sites)
     """
     places, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_quantized)
-    names = _parameter_names([path for path, _ in places], [leaf for _, leaf in places])
+    names = _parameter_names(fn, args, [path for path, _ in places], [leaf for _, leaf in places])
     leaves = [leaf for _, leaf in places]
     if not any(names):
         raise ValueError(
@@ -95,9 +95,12 @@ def _is_parameter(leaf: Any) -> bool:
     return len(leaf.shape) > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _parameter_names(paths: Sequence[Any], leaves: Sequence[Any]) -> list[str]:
+def _parameter_names(
+    fn: Callable[..., Any], args: Sequence[Any], paths: Sequence[Any], leaves: Sequence[Any]
+) -> list[str]:
     """Returns each leaf's path within the params, "" for what is no parameter."""
     entries = [path_name(path).split("/") for path in paths]
+    called_params = _position_of_params(fn, args)
 
     def within(start: Callable[[list[str]], int | None]) -> list[str]:
         cuts = [start(e) for e in entries]
@@ -108,17 +111,35 @@ def _parameter_names(paths: Sequence[Any], leaves: Sequence[Any]) -> list[str]:
 
     # ["0", "<argument>", ...]: an argument; ["1", "<keyword>", ...]: a keyword argument.
     def collection(e: list[str]) -> int | None:
-        if e[0] == "1" and len(e) > 2 and e[1] == "params":
+        called = e[:2] in (["1", "params"], ["0", called_params])
+        if called and len(e) > 2:
             return 3 if e[2] == "params" and len(e) > 3 else 2
         return 3 if len(e) > 3 and e[2] == "params" else None
 
     names = within(collection)
     if any(names):
         return names
-    for _, group in itertools.groupby(range(len(entries)), key=lambda i: tuple(entries[i][:2])):
-        members = set(group)
-        argument = entries[next(iter(members))][:2]
-        names = within(lambda e, argument=argument: 2 if e[:2] == argument and len(e) > 2 else None)
-        if any(names):
-            return names
-    return [""] * len(entries)
+    candidates: dict[str, list[str]] = {}
+    for argument in dict.fromkeys(tuple(e[:2]) for e in entries):
+        of_argument = within(lambda e, a=argument: 2 if tuple(e[:2]) == a and len(e) > 2 else None)
+        if any(of_argument):
+            candidates["argument " + argument[1]] = of_argument
+    if len(candidates) > 1:
+        raise ValueError(
+            f"trace: {' and '.join(candidates)} have floating-point arrays, and either could be "
+            "the params: call the one that is so in the function, "
+            "trace(lambda params, ...: fn(...), ...)"
+        )
+    return next(iter(candidates.values()), [""] * len(entries))
+
+
+def _position_of_params(fn: Callable[..., Any], args: Sequence[Any]) -> str:
+    """Returns the number of the positional argument that a function calls params; "" for none."""
+    try:
+        names = [
+            p.name for p in inspect.signature(fn).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]  # fmt: skip
+    except (TypeError, ValueError):
+        return ""
+    return str(names.index("params")) if "params" in names[: len(args)] else ""

@@ -32,6 +32,7 @@ from flax_tied_lora._tree.paths import (
     flatten,
     matches,
     module_of,
+    nearby,
     refuse_markers,
 )
 from flax_tied_lora._tree.quantized_array import array_of
@@ -118,6 +119,13 @@ def _checked(params: Any, config: Any, sites: Any) -> tuple[dict[str, Any], Any]
     if not leaves:
         raise ValueError("wrap: params has no leaves; expected the params of an initialised model")
     refuse_markers("wrap", leaves, "wrap tied_lora.base(adapted) instead")
+    unknown = [s for s in sites or () if s.leaf not in leaves]
+    if unknown:
+        raise ValueError(
+            f"wrap: the call sites given read {unknown[0].leaf!r}, which is no leaf of params; "
+            f"nearby: {', '.join(map(repr, nearby(unknown[0].leaf, leaves)))}. Trace the function "
+            "with these params, as the argument that is called params"
+        )
     return leaves, treedef
 
 

@@ -83,7 +83,49 @@ def test_tied_table_of_another_name_is_known_by_its_role(target):
 
 def test_path_comes_before_scope_and_role():
     params = {**PARAMS, "lm_head": {"kernel": jnp.ones((8, 4))}}
-    assert adapted_keys(["lm_head"], params, SITES) == {"lm_head/kernel"}
+    head = tied_lora.CallSite("lm_head/kernel", "dot_general", 0, "", "projection", (0,), (1,))
+    sites = SITES | tied_lora.CallSites((head,))
+    assert adapted_keys(["lm_head"], params, sites) == {"lm_head/kernel"}
+
+
+@pytest.mark.parametrize(
+    ("target", "instead"),
+    [("lm_head", "'embed_tokens/embedding' is read in its place: name that, or take 'lm_head"),
+     ("left_over", r"take it out of target_modules, or add the call sites of the function")],
+)  # fmt: skip
+def test_a_leaf_that_none_of_the_sites_reads_is_refused(target, instead):
+    """A tied model may have kept the leaf of an untied head: nothing would read its adapter."""
+    params = {**PARAMS, target: {"kernel": jnp.ones((8, 4))}}
+    expected = f"{target!r} in target_modules names '{target}/kernel', which none of .*{instead}"
+    with pytest.raises(ValueError, match=expected):
+        adapted_keys([target], params, SITES)
+    with pytest.raises(ValueError, match=expected):
+        adapted_keys(["embed_tokens", target], params, SITES)
+    assert adapted_keys([target], params) == {f"{target}/kernel"}  # no sites: it is not known
+
+
+def test_an_exclusion_that_excludes_nothing_is_said():
+    params = {**PARAMS, "up": {"kernel": jnp.ones((4, 4))}}
+    for excluded in (["embed_tokens", "no_such"], "no_such.*"):
+        with pytest.warns(
+            tied_lora.UnmatchedTargetWarning, match="'no_such.* in exclude_modules names no leaf"
+        ) as caught:
+            adapted_keys(["up"], params, exclude_modules=excluded)
+        assert len(caught) == 1
+
+
+def test_scopes_are_excluded_from_all_linear_too():
+    def model(params, x):
+        with jax.named_scope("layer_0/query"):
+            x = x @ params[0]
+        with jax.named_scope("layer_0/value"):
+            return x @ params[1]
+
+    params = [jnp.ones((4, 4)), jnp.ones((4, 4))]
+    sites = tied_lora.trace(model, params, jnp.ones((2, 4)))
+    assert adapted_keys("all-linear", params, sites) == {"0", "1"}
+    assert adapted_keys("all-linear", params, sites, exclude_modules=["layer_0/query"]) == {"1"}
+    assert adapted_keys("all-linear", params, sites, exclude_modules=["value"]) == {"0"}
 
 
 def test_several_targets_of_one_group():
@@ -169,6 +211,7 @@ def test_thousands_of_listed_names_are_looked_up_and_not_tried_one_by_one():
     assert len(plan.adapted) == layers
     assert {a.rank for _, a in plan.adapters()} == {2}
     texts = [str(w.message) for w in caught]
-    assert len(texts) == 11, "ten of the names that mean nothing, and 'gone'"
+    assert len(texts) == 21, "ten each of the names that mean nothing, and 'gone'"
     assert "So do 3990 more" in texts[9]
     assert "'gone' in rank_pattern" in texts[10]
+    assert "So do 3990 more" in texts[20]

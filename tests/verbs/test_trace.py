@@ -149,7 +149,7 @@ KEY = jax.random.split(jax.random.key(0), 2)
         ([], {"params": {"params": W}}, ["w"]),
         ([], {"variables": {"params": W}}, ["w"]),
         ([W], {}, ["w"]),
-        ([W, {"other": jnp.ones((4, 4))}], {}, ["w"]),
+        ([W, {"other": jnp.ones(())}], {}, ["w"]),
         ([jnp.ones((4, 4)), W], {}, ["w"]),
         ([{"ids": jnp.ones((4, 4), jnp.int32)}, W], {}, ["w"]),
         ([{"w": jnp.ones((4, 4)), "n": jnp.ones((4, 4), jnp.int32)}], {}, ["w"]),
@@ -160,6 +160,36 @@ KEY = jax.random.split(jax.random.key(0), 2)
 )
 def test_which_argument_is_params(args, kwargs, leaves):
     assert list(tied_lora.trace(use, *args, **kwargs).leaves()) == leaves
+
+
+OTHER = {"mask": jnp.ones((4, 4))}
+
+
+def test_the_argument_called_params_is():
+    def loss(batch, params):
+        return jnp.sum(batch["mask"] @ params["w"])
+
+    for sites in (
+        tied_lora.trace(loss, OTHER, W),
+        tied_lora.trace(loss, OTHER, params=W),
+        tied_lora.trace(lambda params, batch: loss(batch, params), W, OTHER),
+    ):
+        assert list(sites.leaves()) == ["w"]
+
+
+@pytest.mark.parametrize("args", [[W, OTHER], [OTHER, W]])
+def test_where_two_arguments_could_be_params_it_asks(args):
+    with pytest.raises(ValueError, match="argument 0 and argument 1 have floating-point arrays"):
+        tied_lora.trace(use, *args)
+    with pytest.raises(ValueError, match="argument 0 and argument other have"):
+        tied_lora.trace(use, args[0], other=args[1])
+
+
+def test_sites_of_other_params_are_refused():
+    sites = tied_lora.trace(use, OTHER)
+    config = tied_lora.LoraConfig(r=1, target_modules=["w"])
+    with pytest.raises(ValueError, match="sites given read 'mask', which is no leaf of params;"):
+        tied_lora.wrap(W, config, sites=sites)
 
 
 def test_no_params():

@@ -14,8 +14,8 @@ from flax_tied_lora._names.line import make_line
 from flax_tied_lora._names.mapping import Names, UnmappedError
 from flax_tied_lora._peft.input_embedding import ParametersByName
 from flax_tied_lora._peft.merged.leaves import Leaf
+from flax_tied_lora._planning.naming import ROLES
 from flax_tied_lora._planning.plan import Plan
-from flax_tied_lora._planning.targets import ROLES
 from flax_tied_lora._tree.paths import leaf_name
 
 
