@@ -22,6 +22,7 @@ from flax_tied_lora._ties.find import Ties, all_groups, ties_among
 from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._ties.lost import dropped
 from flax_tied_lora._ties.sources import CONFIG
+from flax_tied_lora._ties.twins import twin_of
 from flax_tied_lora._tree.boxes import boxes_of
 from flax_tied_lora._tree.collector import collector_paused
 from flax_tied_lora._tree.foreign import quantized_by_qwix, refuse_models
@@ -92,6 +93,8 @@ def wrap_as(
         _check_dtypes(group, leaves)
         _warn_of_dropped(group, leaves)
     plan = make_plan(config, leaves, groups, sites, says_untied(ties), named)
+    if ties == "auto":
+        _warn_of_twins(plan, leaves)
     scalings = {a.key: config.scaling_for(a.module) for _, a in plan.adapters(LORA)}
     adapters = make_adapters(plan, leaves, boxes_of(params), rng)
     abstract = any(isinstance(array_of(leaves[g.key]), jax.ShapeDtypeStruct) for g in plan.adapted)
@@ -163,6 +166,19 @@ def _warn_of_dropped(group: TieGroup, leaves: Mapping[str, Any]) -> None:
             WeightTyingWarning,
             stacklevel=5,
         )
+
+
+def _warn_of_twins(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    for group in plan.adapted:
+        twin = twin_of(leaves, group.key, [m.path for m in group.members], group.is_table)
+        if twin is not None:
+            warnings.warn(
+                f"wrap: {twin!r} has the values of {group.key!r} and is another array, as where a "
+                "loader copied what is tied: it gets no part of the adapter. Tie them by "
+                f'ties=[("{group.key}", "{twin}")]; if they are two, say so by ties=[]',
+                WeightTyingWarning,
+                stacklevel=5,
+            )
 
 
 def stored_once(leaves: Mapping[str, Any], treedef: Any, plan: Plan) -> Any:

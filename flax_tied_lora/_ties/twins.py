@@ -1,0 +1,53 @@
+"""Leaves with the values of another that they are not tied to: a loader made a copy of one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_tied_lora._ties.sources import equal, is_table
+from flax_tied_lora._tree.boxes import unboxed
+from flax_tied_lora._tree.paths import is_tracer
+from flax_tied_lora._tree.processes import spread
+
+
+def twin_of(leaves: Mapping[str, Any], key: str, tied: Collection[str], table: bool) -> str | None:
+    """Returns a matrix that is not tied to one and has its values, as they are or transposed.
+
+    One of the two has to be a table: of other matrices equal values are chance, or a start. What
+    other processes hold parts of is not compared.
+
+    Args:
+      key: path of the one.
+      tied: paths of all that are tied to it, itself included.
+      table: whether it is known to be a table.
+    """
+    mine = _values(leaves[key])
+    for path, leaf in leaves.items() if mine is not None else ():
+        if path in tied or not (table or is_table(path)):
+            continue
+        other = _values(leaf)
+        if other is None or other.dtype != mine.dtype:
+            continue
+        for transposed in (False, True):
+            shape = other.shape[::-1] if transposed else other.shape
+            # A row tells nearly all that differ, without a look at the rest.
+            first = other[:, :1] if transposed else other[:1]
+            if (
+                shape == mine.shape
+                and equal(mine[:1], first, transposed, constant=True)
+                and equal(mine, other, transposed)
+            ):
+                return path
+    return None
+
+
+def _values(leaf: Any) -> Any:
+    leaf = unboxed(leaf)
+    if not isinstance(leaf, jax.Array | np.ndarray) or is_tracer(leaf) or spread(leaf):
+        return None
+    return leaf if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating) else None
