@@ -34,14 +34,12 @@ def twin_of(leaves: Mapping[str, Any], key: str, tied: Collection[str], table: b
         if other is None or other.dtype != mine.dtype:
             continue
         for transposed in (False, True):
-            shape = other.shape[::-1] if transposed else other.shape
+            if (other.shape[::-1] if transposed else other.shape) != mine.shape:
+                continue
+            mine, other = np.asarray(mine), np.asarray(other)
             # A row tells nearly all that differ, without a look at the rest.
             first = other[:, :1] if transposed else other[:1]
-            if (
-                shape == mine.shape
-                and equal(mine[:1], first, transposed, constant=True)
-                and equal(mine, other, transposed)
-            ):
+            if equal(mine[:1], first, transposed, constant=True) and equal(mine, other, transposed):
                 return path
     return None
 
