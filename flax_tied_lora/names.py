@@ -25,10 +25,21 @@ axis along which the leaf is sliced, or one line with a placeholder of the PyTor
     ("layers_{}/attn/kv", "model.layers.{}.self_attn.v_proj.weight", "1 heads in dim -> (heads dim) in")
     ("layers/mlp/up/kernel", "model.layers.{layer}.mlp.up_proj.weight", "{layer} in out -> out in")
 
+A dict behind them has the maps of axes, by their name in the layout, where a library stores its
+leaf otherwise than axis by axis: `Scale`, `Permutation`, `Interleaved`, `Padding`, or several::
+
+    ("layers_{}/attn/q/kernel", "model.layers.{}.self_attn.q_proj.weight",
+     "in heads dim -> (heads dim) in", {"dim": (Interleaved(), Scale(8.0))})
+
 Without a layout, a leaf called ``kernel`` is [in, out] and transposed in PyTorch, one whose name
 ends with ``embedding`` is a table [rows, columns] in both, and any other leaf has one axis.
 """  # noqa: E501 - a table reads best a line a line
 
+from flax_tied_lora._names.axis_maps import AxisMap as AxisMap
+from flax_tied_lora._names.axis_maps import Interleaved as Interleaved
+from flax_tied_lora._names.axis_maps import Padding as Padding
+from flax_tied_lora._names.axis_maps import Permutation as Permutation
+from flax_tied_lora._names.axis_maps import Scale as Scale
 from flax_tied_lora._names.layout import TorchWeight as TorchWeight
 from flax_tied_lora._names.layout import from_torch_array as from_torch_array
 from flax_tied_lora._names.layout import from_torch_arrays as from_torch_arrays
@@ -45,8 +56,13 @@ from flax_tied_lora._names.state_dict import to_state_dict as to_state_dict
 
 __all__ = [
     "FAMILIES",
+    "AxisMap",
     "Entry",
+    "Interleaved",
     "Names",
+    "Padding",
+    "Permutation",
+    "Scale",
     "Tie",
     "TorchWeight",
     "UnmappedError",

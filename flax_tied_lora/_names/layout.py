@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from flax_tied_lora._names.axis_maps import (
+    AxisMap,
+    factor_of,
+    from_torch_order,
+    order_of,
+    scaled,
+    to_torch_order,
+    torch_sizes,
+)
+
 KINDS = ("linear", "conv1d", "embedding", "conv", "vector", "parameter")
-_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<index>\d+)|\{(?P<field>[A-Za-z_]\w*)\}"
-                    r"|(?P<open>\()|(?P<close>\)))\s*")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +34,8 @@ class TorchWeight:
       dims: for each axis of the parameter the leaf's axes that it holds, flattened in this order;
         () for an axis of size 1.
       part: (axis of the leaf, index) pairs: the parameter is this slice of the leaf.
+      maps: (axis of the leaf, map) pairs, in the order in which they are applied on the way to
+        PyTorch: what an axis of the parameter is where it is not the leaf's as it stands.
     """
 
     module: str
@@ -34,6 +43,7 @@ class TorchWeight:
     kind: str = "linear"
     dims: tuple[tuple[int, ...], ...] = ()
     part: tuple[tuple[int, int], ...] = ()
+    maps: tuple[tuple[int, AxisMap], ...] = ()
 
     @property
     def name(self) -> str:
@@ -49,103 +59,47 @@ class TorchWeight:
     def of_slice(self) -> TorchWeight:
         """The same parameter, of the leaf's slice alone: a leaf without the axes of ``part``."""
         sliced = [axis for axis, _ in self.part]
-        dims = tuple(tuple(a - sum(s < a for s in sliced) for a in axes) for axes in self.dims)
-        return dataclasses.replace(self, dims=dims, part=())
+        return self.renumbered(lambda axis: axis - sum(s < axis for s in sliced), part=())
+
+    @property
+    def factor(self) -> float:
+        """What the leaf's values are multiplied by."""
+        return factor_of(self.maps)
+
+    @property
+    def maps_by_axis(self) -> tuple[tuple[tuple[AxisMap, ...], ...], ...]:
+        """For each axis of the parameter, and each of the leaf's that it holds, its maps."""
+        return tuple(
+            tuple(tuple(axis_map for a, axis_map in self.maps if a == axis) for axis in axes)
+            for axes in self.dims
+        )
+
+    def renumbered(self, axis_of: Callable[[int], int], **changes: Any) -> TorchWeight:
+        """Returns the same parameter, of a leaf whose axes have other numbers."""
+        dims = tuple(tuple(map(axis_of, axes)) for axes in self.dims)
+        maps = tuple((axis_of(axis), axis_map) for axis, axis_map in self.maps)
+        return dataclasses.replace(self, dims=dims, maps=maps, **changes)
+
+    def order(self, axis: int, size: int) -> np.ndarray:
+        """Returns which of the leaf's entries along an axis each of PyTorch's is; -1: none."""
+        return order_of(size, [axis_map for a, axis_map in self.maps if a == axis])
 
     def shape(self, leaf_shape: Sequence[int]) -> tuple[int, ...]:
-        """Returns the parameter's shape, given the leaf's."""
-        return tuple(math.prod(leaf_shape[axis] for axis in axes) for axes in self.dims)
+        """Returns the parameter's shape, given the leaf's.
+
+        Raises:
+          ValueError: a map is not for an axis of this size.
+        """
+        sizes = _sizes(self, leaf_shape)
+        return tuple(math.prod(sizes[axis] for axis in axes) for axes in self.dims)
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """A layout as a line of a table has it.
+def torch_view(leaf: Any, weight: TorchWeight, dtype: Any = None) -> np.ndarray:
+    """Returns a parameter's elements as a view of the leaf, or a copy where NumPy needs one.
 
-    Attributes:
-      ndim: how many axes the Flax leaf has.
-      dims: as in `TorchWeight`.
-      part: as in `TorchWeight`, but with a placeholder's name where that holds the index.
+    Args:
+      dtype: of the elements; None: the leaf's. A wider leaf is rounded once, after it was scaled.
     """
-
-    ndim: int
-    dims: tuple[tuple[int, ...], ...]
-    part: tuple[tuple[int, int | str], ...]
-
-
-def parse_layout(text: str) -> Layout:
-    """Returns a layout, given its text: ``"in heads dim -> (heads dim) in"``.
-
-    On the left the leaf's axes, in order: a name, or for an axis of which the parameter is one
-    slice, its index or the placeholder (``{expert}``) that holds it. On the right the parameter's
-    axes: a name, several in brackets that are one axis, or 1 for an axis of size 1.
-
-    Raises:
-      ValueError: what is wrong with it.
-    """
-    left, arrow, right = text.partition("->")
-    if not arrow:
-        raise ValueError(f"layout {text!r} has no '->' between the Flax and the PyTorch axes")
-    names: dict[str, int] = {}
-    part: list[tuple[int, int | str]] = []
-    for axis, (what, value) in enumerate(_tokens(left, text)):
-        if what == "name":
-            if value in names:
-                raise ValueError(f"layout {text!r} has {value!r} twice on the left")
-            names[value] = axis
-        elif what in ("index", "field"):
-            part.append((axis, int(value) if what == "index" else value))
-        else:
-            raise ValueError(f"layout {text!r} has brackets on the left: they belong on the right")
-    dims = tuple(
-        tuple(_axis(names, n, text) for n in group) for group in _groups(_tokens(right, text), text)
-    )
-    used = [axis for group in dims for axis in group]
-    missing = [n for n, axis in names.items() if used.count(axis) != 1]
-    if missing:
-        raise ValueError(f"layout {text!r} must have {missing[0]!r} once on the right")
-    return Layout(len(names) + len(part), dims, tuple(part))
-
-
-def _tokens(side: str, text: str) -> Iterable[tuple[str, str]]:
-    start = 0
-    while start < len(side.rstrip()):
-        token = _TOKEN.match(side, start)
-        if not token:
-            raise ValueError(f"layout {text!r} has {side[start:].strip()!r}, which is no axis")
-        start = token.end()
-        assert token.lastgroup
-        yield token.lastgroup, token[token.lastgroup]
-
-
-def _groups(tokens: Iterable[tuple[str, str]], text: str) -> Iterable[list[str]]:
-    group: list[str] | None = None
-    for what, value in tokens:
-        match what:
-            case "open" if group is None:
-                group = []
-            case "close" if group is not None:
-                yield group
-                group = None
-            case "name" if group is not None:
-                group.append(value)
-            case "name":
-                yield [value]
-            case "index" if value == "1" and group is None:
-                yield []
-            case _:
-                raise ValueError(f"layout {text!r}: {value!r} is out of place on the right")
-    if group is not None:
-        raise ValueError(f"layout {text!r} has a bracket that is not closed")
-
-
-def _axis(names: dict[str, int], name: str, text: str) -> int:
-    if name not in names:
-        raise ValueError(f"layout {text!r} has {name!r} on the right and not on the left")
-    return names[name]
-
-
-def torch_view(leaf: Any, weight: TorchWeight) -> np.ndarray:
-    """Returns a parameter's elements as a view of the leaf, or a copy where NumPy needs one."""
     array = np.asarray(leaf)
     _check_ndim(array.shape, weight)
     shape = weight.shape(array.shape)
@@ -155,27 +109,40 @@ def torch_view(leaf: Any, weight: TorchWeight) -> np.ndarray:
                 f"{weight.name} is slice {i} of axis {axis} of a leaf {list(array.shape)}, "
                 f"which has only {array.shape[axis]}"
             )
-    return array[index_of(weight.part, array.ndim)].transpose(_order(weight)).reshape(shape)
+    of_slice = weight.of_slice
+    array = to_torch_order(array[index_of(weight.part, array.ndim)], of_slice.maps)
+    array = _scaled(array, weight.factor, weight).astype(dtype or array.dtype, copy=False)
+    return array.transpose(_order(of_slice)).reshape(shape)
 
 
-def to_torch_array(leaf: Any, weight: TorchWeight) -> np.ndarray:
-    """Returns a leaf (or the slice of it that ``weight`` is) in PyTorch's layout, exactly.
+def to_torch_array(leaf: Any, weight: TorchWeight, dtype: Any = None) -> np.ndarray:
+    """Returns a leaf (or the slice of it that ``weight`` is) in PyTorch's layout.
+
+    Exactly; a `Scale` rounds once.
 
     >>> import numpy as np
     >>> q_proj = TorchWeight("q_proj", dims=((1, 2), (0,)))  # from [width, heads, head_dim]
     >>> to_torch_array(np.zeros((6, 2, 4)), q_proj).shape
     (8, 6)
 
+    Args:
+      leaf: the array.
+      weight: what it is in PyTorch.
+      dtype: of the result; by default the leaf's.
+
     Raises:
-      ValueError: the leaf has another number of axes than the weight's layout.
+      ValueError: the leaf has another number of axes than the weight's layout, or sizes that its
+        maps are not for.
     """
-    return np.ascontiguousarray(torch_view(leaf, weight)).reshape(
+    return np.ascontiguousarray(torch_view(leaf, weight, dtype)).reshape(
         weight.shape(np.shape(leaf))  # ascontiguousarray gives a scalar an axis
     )
 
 
 def from_torch_array(array: Any, weight: TorchWeight, shape: Sequence[int]) -> np.ndarray:
-    """Returns a PyTorch parameter in the leaf's layout, exactly: the inverse of `to_torch_array`.
+    """Returns a PyTorch parameter in the leaf's layout: the inverse of `to_torch_array`.
+
+    What only the leaf has (`Padding`) is 0.
 
     Args:
       array: the parameter.
@@ -194,8 +161,10 @@ def from_torch_array(array: Any, weight: TorchWeight, shape: Sequence[int]) -> n
             f"{weight.name} has shape {list(array.shape)}, expected {list(expected)} for a Flax "
             f"leaf {list(shape)}: check that the file and the params are of the same model"
         )
+    of_slice, sizes = weight.of_slice, _sizes(weight, shape)
     order = [axis for axes in weight.dims for axis in axes]
-    return array.reshape([shape[axis] for axis in order]).transpose(np.argsort(_order(weight)))
+    array = array.reshape([sizes[axis] for axis in order]).transpose(np.argsort(_order(of_slice)))
+    return _scaled(from_torch_order(array, of_slice.maps), 1 / weight.factor, weight)
 
 
 def from_torch_arrays(
@@ -243,6 +212,24 @@ def _check_ndim(shape: Sequence[int], weight: TorchWeight) -> None:
         )
 
 
-def _order(weight: TorchWeight) -> list[int]:
-    """Returns the leaf's axes in PyTorch's order, counted without those of ``part``."""
-    return [axis for axes in weight.of_slice.dims for axis in axes]
+def _order(of_slice: TorchWeight) -> list[int]:
+    """Returns the axes of a slice in PyTorch's order."""
+    return [axis for axes in of_slice.dims for axis in axes]
+
+
+def _sizes(weight: TorchWeight, shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the sizes of the leaf's axes as PyTorch has them."""
+    try:
+        return torch_sizes(shape, weight.maps)
+    except ValueError as error:
+        raise ValueError(
+            f"{weight.name} of a Flax leaf {list(shape)}: {error}; correct the maps of its line in "
+            "the table of names"
+        ) from error
+
+
+def _scaled(array: np.ndarray, factor: float, weight: TorchWeight) -> np.ndarray:
+    try:
+        return scaled(array, factor)
+    except ValueError as error:
+        raise ValueError(f"{weight.name} has a Scale in the table of names: {error}") from error

@@ -8,10 +8,15 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._names.layout import KINDS, Layout, TorchWeight, parse_layout
+from flax_tied_lora._names.axis_maps import AxisMap
+from flax_tied_lora._names.layout import KINDS, TorchWeight
+from flax_tied_lora._names.layout_text import Layout, parse_layout
 from flax_tied_lora._tree.paths import leaf_name
 
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
+
+# What people write for a line: strings, and behind them maps by the name of an axis.
+LineEntry = Sequence[str | Mapping[str, AxisMap | Sequence[AxisMap]] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Line:
       name: pattern of PyTorch parameter names.
       kind: of the parameter: see `TorchWeight`.
       layout: which axes are which.
+      maps: as in `TorchWeight`.
       path_regex, name_regex: the two patterns, with a group for each placeholder.
     """
 
@@ -30,6 +36,7 @@ class Line:
     name: str
     kind: str
     layout: Layout
+    maps: tuple[tuple[int, AxisMap], ...]
     path_regex: re.Pattern[str]
     name_regex: re.Pattern[str]
 
@@ -77,37 +84,43 @@ class Line:
         named = {i: str(part[axis]) for axis, i in self.layout.part if isinstance(i, str)}
         module, _, parameter = _fill(self.name, {**fields, **named}).rpartition(".")
         indices = tuple((axis, int(i)) for axis, i in part.items())
-        return TorchWeight(module, parameter, self.kind, self.layout.dims, indices)
+        return TorchWeight(module, parameter, self.kind, self.layout.dims, indices, self.maps)
 
 
 def make_line(entry: Any) -> Line:
     """Returns a line of a table as people write it, checked.
 
     Args:
-      entry: ``(path, name)``, ``(path, name, layout)`` or ``(path, name, layout, kind)``.
+      entry: ``(path, name)``, ``(path, name, layout)`` or ``(path, name, layout, kind)``; behind
+        them may be a dict with the maps of axes, by their name in the layout.
 
     Raises:
       ValueError: the line, and what is wrong with it.
     """
+    texts, maps = entry, {}
+    if isinstance(entry, Sequence) and entry and isinstance(entry[-1], Mapping):
+        texts, maps = entry[:-1], entry[-1]
     if (
-        isinstance(entry, str)
-        or not isinstance(entry, Sequence)
-        or not 2 <= len(entry) <= 4
-        or not all(isinstance(x, str) for x in entry[:2])
-        or not all(x is None or isinstance(x, str) for x in entry[2:])
+        isinstance(texts, str)
+        or not isinstance(texts, Sequence)
+        or not 2 <= len(texts) <= 4
+        or not all(isinstance(x, str) for x in texts[:2])
+        or not all(x is None or isinstance(x, str) for x in texts[2:])
     ):
         raise ValueError(
             f"{entry!r} is no line of a table of names: expected (Flax path, PyTorch name), with "
-            "a layout and a kind behind them if need be, all strings"
+            "a layout and a kind behind them if need be, all strings, and a dict of maps"
         )
-    layout, kind = (*entry[2:], None, None)[:2]
+    layout, kind = (*texts[2:], None, None)[:2]
     try:
-        return _checked(entry[0], entry[1], layout, kind)
+        return _checked(texts[0], texts[1], layout, kind, maps)
     except ValueError as error:
         raise ValueError(f"table of names, line {tuple(entry)!r}: {error}") from None
 
 
-def _checked(path: str, name: str, text: str | None, kind: str | None) -> Line:
+def _checked(
+    path: str, name: str, text: str | None, kind: str | None, maps: Mapping[str, Any]
+) -> Line:
     if "/" in name or not all(path.split("/")) or not all(name.split(".")):
         raise ValueError("expected a Flax path, joined by '/', and a PyTorch name, joined by '.'")
     layout = parse_layout(_default_layout(path) if text is None else text)
@@ -128,7 +141,25 @@ def _checked(path: str, name: str, text: str | None, kind: str | None) -> Line:
         raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     if axes != expected:
         raise ValueError(f"a {kind} parameter has {expected} axes, the layout gives it {axes}")
-    return Line(path, name, kind, layout, _regex(path), _regex(name, slices))
+    return Line(path, name, kind, layout, _maps(layout, maps), _regex(path), _regex(name, slices))
+
+
+def _maps(layout: Layout, maps: Mapping[str, Any]) -> tuple[tuple[int, AxisMap], ...]:
+    axes, result = dict(layout.names), []
+    for name, of_axis in maps.items():
+        if name not in axes:
+            raise ValueError(
+                f"the maps are of {name!r}, which is no axis of the leaf; the layout has "
+                f"{', '.join(map(repr, axes)) or 'none'}"
+            )
+        for axis_map in of_axis if isinstance(of_axis, Sequence) else (of_axis,):
+            if not isinstance(axis_map, AxisMap):
+                raise ValueError(
+                    f"the map of {name!r} is {axis_map!r}; expected Scale, Permutation, "
+                    "Interleaved or Padding of flax_tied_lora.names, or several in a tuple"
+                )
+            result.append((axes[name], axis_map))
+    return tuple(result)
 
 
 def _default_layout(path: str) -> str:

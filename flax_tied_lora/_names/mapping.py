@@ -84,8 +84,8 @@ class Names:
 
         Raises:
           UnmappedError: no line fits it; the error shows one to add.
-          ValueError: the leaf has another number of axes than its line says, or its lines are not
-            the whole of it.
+          ValueError: the leaf has another number of axes than its line says, or sizes that its maps
+            are not for; or its lines are not the whole of it.
         """
         known = None if isinstance(shape, int) else tuple(shape)
         ndim = shape if isinstance(shape, int) else len(shape)
@@ -99,6 +99,8 @@ class Names:
             raise UnmappedError(self._no_name(path, known, ndim))
         if known is not None:
             check_whole(path, weights, known)
+            for weight in weights:
+                weight.shape(known)
         return tuple(weights)
 
     def to_flax(self, name: str) -> tuple[str, TorchWeight]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from flax_tied_lora._names import gemma_tables, transformers_tables, tunix_tables
 from flax_tied_lora._names.family import Family
-from flax_tied_lora._names.line import make_line
+from flax_tied_lora._names.line import LineEntry, make_line
 from flax_tied_lora._names.mapping import Names, Tie, UnmappedError
 
 _FAMILIES = {**transformers_tables.FAMILIES, **tunix_tables.FAMILIES, **gemma_tables.FAMILIES}
@@ -20,7 +20,7 @@ FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 def names_of(
     model: Any,
-    extra: Iterable[Sequence[str]] = (),
+    extra: Iterable[LineEntry] = (),
     *,
     tie_word_embeddings: bool | None = None,
     tied: Mapping[str, Sequence[str]] | None = None,

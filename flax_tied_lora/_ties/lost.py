@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_tied_lora._names.layout import TorchWeight
 from flax_tied_lora._names.mapping import Names, UnmappedError
 from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._ties.sources import DECLARED, Link, equal, from_config
@@ -24,7 +25,11 @@ def from_names(leaves: Mapping[str, Any], names: Names) -> list[Link]:
             own = tuple(getattr(leaf, "shape", ()))
             if path == tie.path or own not in (shape, shape[::-1]):
                 continue
-            if _torch_name(path, names) in tie.names:
+            weight = _torch_weight(path, names)
+            if weight is None or weight.name not in tie.names:
+                continue
+            # Leaves that are stored otherwise are two arrays, and one parameter in PyTorch.
+            if weight.maps_by_axis == names.own_weight(tie).maps_by_axis:
                 # A projection's kernel is [width, vocabulary] in Flax, the table in PyTorch.
                 links.append(Link(tie.path, path, own == shape[::-1], DECLARED))
     return links
@@ -41,11 +46,11 @@ def from_model(leaves: Mapping[str, Any], model: Any) -> list[Link]:
         return []
 
 
-def _torch_name(path: str, names: Names) -> str:
+def _torch_weight(path: str, names: Names) -> TorchWeight | None:
     try:
-        return names.to_torch(path, 2)[0].name
+        return names.to_torch(path, 2)[0]
     except (UnmappedError, ValueError):
-        return ""
+        return None
 
 
 def not_in(links: Sequence[Link], groups: Sequence[TieGroup]) -> list[Link]:

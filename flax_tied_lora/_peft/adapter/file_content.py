@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION
@@ -42,7 +43,7 @@ class Content:
     Attributes:
       hits: what is adapted how, in `wrap`'s terms.
       adapted: names of the PyTorch parameters that have factors or a copy, or are a bias.
-      tokens: modules that have trainable tokens.
+      tokens: modules that have trainable tokens: their leaves' paths, and where in the leaf.
       unused: tensors that PEFT writes and does not read.
       unread: modules that have an adapter and are never called.
       base: tensors that are the base's own: (name in the file, leaf's path, where in the leaf).
@@ -50,7 +51,7 @@ class Content:
 
     hits: Named = dataclasses.field(default_factory=lambda: Named({}, {}, {}, set()))
     adapted: set[str] = dataclasses.field(default_factory=set)
-    tokens: set[str] = dataclasses.field(default_factory=set)
+    tokens: dict[str, tuple[str, TorchWeight]] = dataclasses.field(default_factory=dict)
     unused: set[str] = dataclasses.field(default_factory=set)
     unread: set[str] = dataclasses.field(default_factory=set)
     base: list[tuple[str, str, TorchWeight]] = dataclasses.field(default_factory=list)
@@ -128,7 +129,7 @@ class _Reading:
         path, weight = self._leaf(f"{module}.weight")
         hit = self._hit(indices, module, path, weight)
         self.result.hits.tokens.setdefault(path, []).append(hit)
-        self.result.tokens.add(module)
+        self.result.tokens[module] = path, weight
 
     def _add_base(self, name: str, path: str, weight: TorchWeight) -> None:
         self.result.base.append((name, path, weight))
@@ -200,14 +201,19 @@ class _Reading:
 
 
 def is_base(files: AdapterFiles, name: str, leaf: Any, weight: TorchWeight) -> bool:
-    """Returns whether a tensor of the file equals what the params have in its place."""
+    """Returns whether a tensor of the file equals what the params have in its place.
+
+    Where the names scale it, up to what that rounds.
+    """
     leaf = unboxed(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return False
     if files.tensors.shape(name) != weight.shape(leaf.shape):
         return False
     ours, theirs = torch_array(gathered(leaf), weight), files.tensors[name]
-    return np.array_equal(ours.astype(np.float32), theirs.astype(np.float32), equal_nan=True)
+    tolerance = 0 if weight.factor == 1 else 2 * float(jnp.finfo(leaf.dtype).eps)
+    ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
+    return np.allclose(ours, theirs, tolerance, 0, equal_nan=True)
 
 
 def _is_inside_a_copy(name: str, files: AdapterFiles) -> bool:

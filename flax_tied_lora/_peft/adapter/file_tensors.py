@@ -15,10 +15,26 @@ from typing import Any
 import numpy as np
 
 from flax_tied_lora._algebra.factor import RANK
+from flax_tied_lora._names.axis_maps import (
+    Maps,
+    Padding,
+    factor_of,
+    from_torch_order,
+    scaled,
+    to_torch_order,
+    torch_sizes,
+)
 from flax_tied_lora._names.layout import TorchWeight
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter
 from flax_tied_lora._peft.files.errors import AdapterFileError
-from flax_tied_lora._planning.plan import BIAS, LORA, MODULES_TO_SAVE, AdapterPlan, GroupPlan
+from flax_tied_lora._planning.plan import (
+    BIAS,
+    LORA,
+    MAGNITUDE,
+    MODULES_TO_SAVE,
+    AdapterPlan,
+    GroupPlan,
+)
 
 PREFIX = "base_model.model."
 
@@ -32,7 +48,9 @@ class FileTensor:
       array: name of the adapter's array; "" for the only one.
       index: of the slice in the array.
       order: how the slice is transposed.
-      sizes: shape of the transposed slice.
+      maps: what its axes, transposed, are in PyTorch.
+      factor: what its values are multiplied by there.
+      sizes: shape of the transposed slice in PyTorch.
       shape: of the tensor, in which some of these axes are flattened into one.
     """
 
@@ -40,18 +58,21 @@ class FileTensor:
     array: str
     index: tuple[Any, ...]
     order: tuple[int, ...]
+    maps: Maps
+    factor: float
     sizes: tuple[int, ...]
     shape: tuple[int, ...]
 
     def get(self, array: Any) -> np.ndarray:
         """Returns the tensor, given the adapter's array."""
         transposed = np.asarray(array)[self.index].transpose(self.order)
-        return np.ascontiguousarray(transposed).reshape(self.shape)
+        values = scaled(to_torch_order(transposed, self.maps), self.factor)
+        return np.ascontiguousarray(values).reshape(self.shape)
 
-    def put(self, array: np.ndarray, tensor: Any) -> None:
-        """Writes the tensor into the adapter's array."""
-        transposed = np.asarray(tensor).reshape(self.sizes)
-        array[self.index] = transposed.transpose(np.argsort(self.order))
+    def slice_of(self, tensor: Any) -> np.ndarray:
+        """Returns the slice of the adapter's array that the tensor is."""
+        values = from_torch_order(np.asarray(tensor).reshape(self.sizes), self.maps)
+        return scaled(values, 1 / self.factor).transpose(np.argsort(self.order))
 
 
 def file_tensors(adapters: Sequence[TorchAdapter]) -> list[list[FileTensor]]:
@@ -136,11 +157,25 @@ def _factor_tensors(
         _tensor(group, adapter, weight, names[1], (*outputs, (RANK,), *units), output_factor),
     ]
     if adapter.dora:
+        _check_norms(adapter, weight, sides[1])
         name = f"{module}.lora_magnitude_vector"
         lead = [()] if units else []
         dims = (*lead, *outputs, *units)
         tensors.append(_tensor(group, adapter, weight, name, dims, "lora_magnitude"))
     return tensors
+
+
+def _check_norms(adapter: AdapterPlan, weight: TorchWeight, outputs: set[int]) -> None:
+    """Refuses DoRA where PyTorch's norms are not ours times a number."""
+    for axis, axis_map in weight.maps:
+        # What else there is keeps the entries of each norm, and a column of zeros has none.
+        grows = isinstance(axis_map, Padding) and axis_map.torch > axis_map.leaf
+        if isinstance(axis_map, Padding) and (axis not in outputs or grows):
+            raise ValueError(
+                f"{adapter.key!r} has use_dora, and {weight.name!r} has {axis_map} along axis "
+                f"{axis} of the leaf, so that the norms in PyTorch are of other entries; merge it, "
+                "or wrap without use_dora"
+            )
 
 
 def _tensor(
@@ -158,13 +193,20 @@ def _tensor(
     if adapter.span is not None and adapter.span[0] in part:
         part[adapter.span[0]] -= adapter.span[1]
     remaining = [axis for axis in axes if axis not in part]
-    size = dict(zip(axes, shape, strict=True))
     order = [axis for flattened in dims for axis in flattened]
+    maps = [(order.index(axis), axis_map) for axis, axis_map in weight.maps if axis in order]
+    leaf_size = dict(zip(axes, shape, strict=True))
+    size = dict(zip(order, torch_sizes([leaf_size[axis] for axis in order], maps), strict=True))
+    # Factors share what the whole weight is scaled by; a norm has no sign.
+    factor = factor_of(maps) if array else weight.factor
+    factor = abs(weight.factor) if array == MAGNITUDE else factor
     return FileTensor(
         name=name,
         array=array,
         index=tuple(part.get(axis, slice(None)) for axis in axes),
         order=tuple(remaining.index(axis) for axis in order),
+        maps=tuple(maps),
+        factor=factor,
         sizes=tuple(size[axis] for axis in order),
         shape=tuple(math.prod(size[axis] for axis in flattened) for flattened in dims),
     )

@@ -60,6 +60,8 @@ def _modules_along_an_axis(group: GroupPlan, names: Names) -> list[TorchWeight]:
 def _is_one_pair(files: AdapterFiles, group: GroupPlan, weights: list[TorchWeight]) -> bool:
     """Returns whether the modules have equal values of the factor that they share."""
     side = "B" if weights[0].part[0][0] in group.rows else "A"
+    if len({w.maps_by_axis[0 if side == "B" else 1] for w in weights}) > 1:
+        return False
     tensors = [f"{PREFIX}{w.module}.lora_{side}.weight" for w in weights]
     if any(name not in files.tensors for name in tensors):
         return True  # the missing tensor is reported where the leaf is filled

@@ -21,6 +21,7 @@ from flax_tied_lora._peft.adapter.file_tensors import PREFIX, FileTensor, file_t
 from flax_tied_lora._peft.adapter.folder import CONFIG, AdapterFiles, read_adapter
 from flax_tied_lora._peft.adapter.fused_parts import with_parts
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter, parameters_of_adapter
+from flax_tied_lora._peft.adapter.row_numbers import with_leaf_rows
 from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._planning.tying import says_untied
@@ -91,6 +92,7 @@ def load_adapter(
     with read_adapter(directory) as files:
         config = _config(files)
         content = content_of(files, config, params, names)
+        config = with_leaf_rows(config, content.tokens, params)
         flag = False if tied_copies == "apart" else config.ensure_weight_tying
         asked = dataclasses.replace(config, ensure_weight_tying=flag)
         try:
@@ -232,6 +234,7 @@ def _assembled(
     """Returns an adapter's array from its tensors; those that are the same slice must agree."""
     array = np.zeros(shape, np.float32)
     filled = np.zeros(shape, bool) if len(tensors) > 1 else None
+    tolerance = 0 if len({t.factor for t in tensors}) == 1 else 1e-6  # scaled otherwise, rounded
     for tensor in tensors:
         name = _stored_name(files, tensor.name)
         _check_tensor(files, name, tensor)
@@ -242,10 +245,11 @@ def _assembled(
                 f"{files.directory}: {name} has NaN or infinite values; expected finite float32; "
                 "the training that made them diverged, or the file is damaged: take an earlier save"
             )
+        values = tensor.slice_of(values)
         if (
             filled is not None
             and filled[tensor.index].any()
-            and not np.array_equal(tensor.get(array), values)
+            and not np.allclose(array[tensor.index], values, tolerance, 0)
         ):
             other = next(t.name for t in tensors if t is not tensor)
             raise AdapterFileError(
@@ -253,7 +257,7 @@ def _assembled(
                 'expected copies of one tied adapter; tied_copies="apart" keeps those of a tied '
                 "table apart"
             )
-        tensor.put(array, values)
+        array[tensor.index] = values
         if filled is not None:
             filled[tensor.index] = True
     return array

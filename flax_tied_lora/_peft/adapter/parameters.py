@@ -132,8 +132,7 @@ def _renamed(weight: TorchWeight, other: TorchWeight) -> TorchWeight:
 
 
 def _transposed(weight: TorchWeight) -> TorchWeight:
-    dims = tuple(tuple(1 - axis for axis in axes) for axes in weight.dims)
-    return dataclasses.replace(weight, dims=dims)
+    return weight.renumbered(lambda axis: 1 - axis)
 
 
 def _is_inside(weight: TorchWeight, span: tuple[int, int, int]) -> bool:

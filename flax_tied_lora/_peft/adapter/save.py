@@ -14,6 +14,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from flax_tied_lora._adapters.adapted import Adapted, check_adapted, shapes_of
+from flax_tied_lora._names.axis_maps import Padding, Scale
+from flax_tied_lora._names.layout import TorchWeight
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._peft.adapter.base_tensors import base_entries, is_resized, leaf_source
 from flax_tied_lora._peft.adapter.file_tensors import PREFIX, FileTensor, file_tensors
@@ -154,6 +156,12 @@ def _torch_adapters(adapted: Adapted, names: Names) -> list[TorchAdapter]:
                 f"save_adapter: init_lora_weights={init!r} on {group.key!r}: PEFT leaves tables as "
                 "they are, and would read another base; save_merged writes a model"
             )
+        if adapter.residual and _moves(weights[0], init):
+            raise AdapterFileError(
+                f"save_adapter: init_lora_weights={init!r} on {group.key!r}, whose maps in the "
+                "table of names change what PEFT would take out of its base; save_merged writes a "
+                "model"
+            )
         if adapter.residual and "niter" in str(init):
             raise AdapterFileError(
                 f"save_adapter: init_lora_weights={init!r} took a random part out of the base, "
@@ -168,6 +176,14 @@ def _torch_adapters(adapted: Adapted, names: Names) -> list[TorchAdapter]:
         for w in a.weights if w.parameter == "weight"
     }  # fmt: skip
     return [_beside_its_weight(a, saved) for a in adapters]
+
+
+def _moves(weight: TorchWeight, init: object) -> bool:
+    """Returns whether a weight's singular vectors (PiSSA), or its QR (OLoRA), are others there."""
+    maps = [axis_map for _, axis_map in weight.maps]
+    if init == "olora":
+        return not all(isinstance(m, Scale) for m in maps)
+    return any(isinstance(m, Padding) for m in maps)
 
 
 def _beside_its_weight(torch_adapter: TorchAdapter, saved: Collection[str]) -> TorchAdapter:

@@ -15,6 +15,7 @@ from flax_tied_lora._config.checks import as_tuple
 from flax_tied_lora._config.regexes import problem
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter
+from flax_tied_lora._peft.adapter.row_numbers import torch_rows
 from flax_tied_lora._planning.plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS
 from flax_tied_lora._tree.paths import Listed, layer_index, matches
 
@@ -59,8 +60,10 @@ def config_of(
     fields["target_parameters"] = None
     tied = _tied(modules, heads, names) if flag else set()
     fields["modules_to_save"] = _modules_to_save(config.modules_to_save, saved, modules, tied)
-    rows = {a.modules[0]: list(a.adapter.tokens) for a in tokens}
+    rows = {a.modules[0]: torch_rows(a) for a in tokens}
     written = fields["trainable_token_indices"]
+    if rows and not isinstance(written, Mapping):
+        (fields["trainable_token_indices"],) = rows.values()
     if isinstance(written, Mapping) and rows != {
         m: indices for n, indices in written.items() for m in modules if f".{m}".endswith(f".{n}")
     }:

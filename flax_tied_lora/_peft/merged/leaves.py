@@ -17,6 +17,7 @@ from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._adapters.terms import weights_of
 from flax_tied_lora._adapters.untie import untied_leaves
 from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._names.axis_maps import at_least_float32
 from flax_tied_lora._names.layout import TorchWeight, index_of, to_torch_array
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, GroupPlan, Plan
 from flax_tied_lora._tree.paths import flatten, is_marker, is_tracer
@@ -34,19 +35,19 @@ class Leaf(NamedTuple):
     Attributes:
       shape, dtype: of the leaf as it is written.
       identity: equal for leaves that are one array, as it is or transposed.
-      get: makes a slice of the leaf.
+      get: makes a slice of the leaf, given the dtype that it is to be rounded to; a leaf that no
+        adapter changes is as it is stored.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     identity: Any
-    get: Callable[[SliceIndex], np.ndarray]
+    get: Callable[[SliceIndex, np.dtype], np.ndarray]
 
     def torch(self, weight: TorchWeight) -> np.ndarray:
-        """Returns a PyTorch parameter that the leaf is, or that is a slice of it."""
-        array = self.get(weight.part)
-        array = array if array.dtype == self.dtype else array.astype(self.dtype)
-        return to_torch_array(array, weight.of_slice)
+        """Returns a PyTorch parameter that the leaf is, or that is a slice of it; rounded once."""
+        wide = self.dtype if weight.factor == 1 else at_least_float32(self.dtype)
+        return to_torch_array(self.get(weight.part, wide), weight.of_slice, self.dtype)
 
 
 def leaves_of(
@@ -120,7 +121,7 @@ class _Merged:
         groups = {m.path: g for g in self.adapted.plan.groups for m in g.members}
         separate = [g for g in self.adapted.plan.adapted if g.separate]
         for group in separate:
-            for path in jax.eval_shape(functools.partial(self._separate_leaves, group)):
+            for path in jax.eval_shape(functools.partial(self._separate_leaves, group, None)):
                 groups[path] = group
         return {path: self._leaf(path, shape, groups.get(path)) for path, shape in shapes.items()}
 
@@ -132,12 +133,12 @@ class _Merged:
             transposed = is_marker(self.arrays[path]) and member.transposed
             return _plain(self.arrays[group.key], self.dtype, group.key, transposed)
         identity = path if group.separate else group.key
-        get = functools.partial(self._get, group, path, np.dtype(shape.dtype))
+        get = functools.partial(self._get, group, path)
         return Leaf(tuple(shape.shape), np.dtype(shape.dtype), identity, get)
 
-    def _get(self, group: GroupPlan, path: str, dtype: np.dtype, part: SliceIndex) -> np.ndarray:
+    def _get(self, group: GroupPlan, path: str, part: SliceIndex, dtype: np.dtype) -> np.ndarray:
         if group.separate:
-            array = _on_host(self._separate_leaves(group)[path])
+            array = _on_host(self._separate_leaves(group, dtype)[path])
             return array[index_of(part, array.ndim)]
         weight = self._weights(group, bool(part))[path].replace(dtype=dtype)
         for axis, index in sorted(part, reverse=True):
@@ -161,10 +162,10 @@ class _Merged:
             self.kept[group.key] = weights
         return weights
 
-    def _separate_leaves(self, group: GroupPlan) -> dict[str, Any]:
+    def _separate_leaves(self, group: GroupPlan, dtype: np.dtype | None) -> dict[str, Any]:
         """Returns the merged leaves of a group whose names have separate adapters."""
         weights = self._weights(group, False)
-        return untied_leaves(group, weights, self.untie, self.dtype or weights[group.key].dtype)
+        return untied_leaves(group, weights, self.untie, dtype or weights[group.key].dtype)
 
 
 def _plain(leaf: Any, dtype: np.dtype | None, identity: Any, transposed: bool = False) -> Leaf:
@@ -172,7 +173,7 @@ def _plain(leaf: Any, dtype: np.dtype | None, identity: Any, transposed: bool = 
     stored = np.dtype(leaf.dtype)
     is_float = jax.numpy.issubdtype(stored, jax.numpy.floating)
 
-    def get(part: SliceIndex) -> np.ndarray:
+    def get(part: SliceIndex, dtype: np.dtype) -> np.ndarray:
         array = _on_host(leaf)
         array = array.T if transposed else array
         return array[index_of(part, array.ndim)]

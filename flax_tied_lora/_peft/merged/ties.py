@@ -49,7 +49,9 @@ def without_tied_copies(leaves: Mapping[str, Leaf], names: Names) -> dict[str, L
             weight = names.own_weight(tie)
             if weight.shape(leaves[tie.path].shape) != other.shape(leaves[path].shape):
                 continue  # state_entries raises the error
-            if leaves[path].identity != leaves[tie.path].identity and not np.array_equal(
+            one_array = leaves[path].identity == leaves[tie.path].identity
+            one_array = one_array and weight.maps_by_axis == other.maps_by_axis
+            if not one_array and not np.array_equal(
                 leaves[tie.path].torch(weight), leaves[path].torch(other), equal_nan=True
             ):
                 raise ValueError(
@@ -133,7 +135,9 @@ def untied_names(
             if len(set(heads)) != 1 or re.search(r"\d", path):
                 raise
             layout = "in out -> out in" if leaf_name(path) == "kernel" else "out in -> out in"
-            line = make_line((path, heads[0], layout, "linear"))
+            table = next(names.own_weight(tie) for tie in names.ties if heads[0] in tie.names)
+            maps = {name: m[0] for name, m in zip(("out", "in"), table.maps_by_axis, strict=True)}
+            line = make_line((path, heads[0], layout, "linear", maps))
             result = dataclasses.replace(result, extra=(*result.extra, line))
     return result
 
