@@ -32,7 +32,8 @@ leaf otherwise than axis by axis: `Scale`, `Permutation`, `Interleaved`, `Paddin
      "in heads dim -> (heads dim) in", {"dim": (Interleaved(), Scale(8.0))})
 
 Without a layout, a leaf called ``kernel`` is [in, out] and transposed in PyTorch, one whose name
-ends with ``embedding`` is a table [rows, columns] in both, and any other leaf has one axis.
+ends with ``embedding`` is [rows, columns] in both, and any other leaf has one axis. Whether a
+matrix is an embedding or a linear layer is said by a kind, or by call sites; not by a name.
 """  # noqa: E501 - a table reads best a line a line
 
 from flax_tied_lora._names.axis_maps import AxisMap as AxisMap

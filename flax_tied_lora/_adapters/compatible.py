@@ -36,7 +36,7 @@ def _layout(group: GroupPlan, adapter: AdapterPlan) -> Any:
 
 def layout_of(group: GroupPlan) -> Any:
     """Returns all that has to be equal for adapters of a group to be of one weight."""
-    return dataclasses.replace(group, found=(), adapters=())
+    return dataclasses.replace(group, found=(), adapters=(), roles=())
 
 
 def check_same_base(what: str, first: Adapted, other: Adapted) -> None:

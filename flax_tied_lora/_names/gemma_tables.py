@@ -58,7 +58,7 @@ def _gemma(*, fused: bool, gate_transposed: bool) -> Family:
     """
     gate = "hidden in -> hidden in" if gate_transposed else "in hidden -> hidden in"
     lines = (
-        ("embedder/input_embedding", "model.embed_tokens.weight"),
+        ("embedder/input_embedding", "model.embed_tokens.weight", None, "embedding"),
         *attention_lines(_BLOCK, fused=fused),
         *(
             (f"{_BLOCK}/mlp/gating_einsum", f"{_TORCH}.mlp.{p}_proj.weight", f"{i} {gate}")
@@ -69,7 +69,7 @@ def _gemma(*, fused: bool, gate_transposed: bool) -> Family:
         ("final_norm/scale", "model.norm.weight"),
     )
     return Family(
-        tuple(make_line(line) for line in lines),
+        tuple(make_line(line, "linear") for line in lines),
         "embedder/input_embedding",
         ignored=(r"(.*\.)?rotary_emb\.inv_freq",),
         hints=(r".*/(q|kv|qkv)_einsum/w|.*/gating_einsum", fused_hint("gemma")),

@@ -20,6 +20,8 @@ from flax_tied_lora._names.axis_maps import (
 )
 
 KINDS = ("linear", "conv1d", "embedding", "conv", "vector", "parameter")
+# Of two axes, and the table of names does not say whether a linear layer's or an embedding's.
+MATRIX = "matrix"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,8 @@ class TorchWeight:
       module: name of the module that holds it: ``transformer.h.0.attn.c_attn``.
       parameter: ``weight``, ``bias``, or another attribute's name.
       kind: "linear" [out, in], "conv1d" [in, out] (GPT-2's Conv1D), "embedding" [rows, columns],
-        "conv", "vector" (a bias, a norm's scale) or "parameter".
+        "conv", "vector" (a bias, a norm's scale), "parameter", or "matrix" where the table of names
+        does not say whether it is a linear layer's or an embedding's.
       dims: for each axis of the parameter the leaf's axes that it holds, flattened in this order;
         () for an axis of size 1.
       part: (axis of the leaf, index) pairs: the parameter is this slice of the leaf.

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flax_tied_lora._names.axis_maps import AxisMap
-from flax_tied_lora._names.layout import KINDS, TorchWeight
+from flax_tied_lora._names.layout import KINDS, MATRIX, TorchWeight
 from flax_tied_lora._names.layout_text import Layout, parse_layout
 from flax_tied_lora._tree.paths import leaf_name
 
@@ -87,12 +87,13 @@ class Line:
         return TorchWeight(module, parameter, self.kind, self.layout.dims, indices, self.maps)
 
 
-def make_line(entry: Any) -> Line:
+def make_line(entry: Any, matrix: str = MATRIX) -> Line:
     """Returns a line of a table as people write it, checked.
 
     Args:
       entry: ``(path, name)``, ``(path, name, layout)`` or ``(path, name, layout, kind)``; behind
         them may be a dict with the maps of axes, by their name in the layout.
+      matrix: kind of a parameter of two axes for which the entry has none.
 
     Raises:
       ValueError: the line, and what is wrong with it.
@@ -113,7 +114,8 @@ def make_line(entry: Any) -> Line:
         )
     layout, kind = (*texts[2:], None, None)[:2]
     try:
-        return _checked(texts[0], texts[1], layout, kind, maps)
+        line = _checked(texts[0], texts[1], layout, kind, maps)
+        return dataclasses.replace(line, kind=matrix) if line.kind == MATRIX else line
     except ValueError as error:
         raise ValueError(f"table of names, line {tuple(entry)!r}: {error}") from None
 
@@ -135,9 +137,9 @@ def _checked(
             "{} of the path (or {name} of path and layout) must be in the PyTorch name, too"
         )
     axes = len(layout.dims)
-    kind = kind or _default_kind(path, name, axes)
+    kind = kind or _default_kind(name, axes)
     expected = {"linear": 2, "conv1d": 2, "embedding": 2, "vector": 1}.get(kind, axes)
-    if kind not in KINDS:
+    if kind not in (*KINDS, MATRIX):
         raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     if axes != expected:
         raise ValueError(f"a {kind} parameter has {expected} axes, the layout gives it {axes}")
@@ -169,14 +171,12 @@ def _default_layout(path: str) -> str:
     return "row column -> row column" if last.endswith("embedding") else "d -> d"
 
 
-def _default_kind(path: str, name: str, axes: int) -> str:
+def _default_kind(name: str, axes: int) -> str:
     if name.rpartition(".")[2] not in ("weight", "bias") or not axes:
         return "parameter"
     if axes > 2:
         return "conv"
-    if axes == 1:
-        return "vector"
-    return "embedding" if leaf_name(path).endswith("embedding") else "linear"
+    return "vector" if axes == 1 else MATRIX
 
 
 def _numbered(pattern: str) -> str:

@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from flax_tied_lora._names.layout import TorchWeight
+from flax_tied_lora._names.layout import MATRIX, TorchWeight
 from flax_tied_lora._names.line import Line, check_whole, digest, suggestion
 
 # Modules that pick rows of a tied table; the others that share it multiply by it.
-_LOOKUPS = ("embed_tokens", "embeddings", "embed", "shared", "wte")
+LOOKUPS = ("embed_tokens", "embeddings", "embed", "shared", "wte")
 
 
 class UnmappedError(KeyError):
@@ -120,7 +120,7 @@ class Names:
             weight = self.own_weight(tie)
             module, _, parameter = name.rpartition(".")
             kind = weight.kind
-            if kind == "embedding" and not module.endswith(_LOOKUPS):
+            if kind in ("embedding", MATRIX) and not module.endswith(LOOKUPS):
                 kind = "linear"
             return tie.path, dataclasses.replace(
                 weight, module=module, parameter=parameter, kind=kind

@@ -12,12 +12,12 @@ from flax_tied_lora._names.line import Line, make_line
 
 # The leaves of a kind of module: leaf name, parameter, and where need be layout and kind.
 _LEAVES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "linear": (("kernel", "weight"), ("bias", "bias")),
+    "linear": (("kernel", "weight", "in out -> out in", "linear"), ("bias", "bias")),
     # Flax's Conv1D stores [out, in] and PyTorch's [in, out]: each the reverse of its linear layer.
     "conv1d": (("kernel", "weight", "out in -> in out", "conv1d"), ("bias", "bias")),
     "norm": (("scale", "weight"), ("bias", "bias")),
     "rms_norm": (("weight", "weight"),),
-    "embedding": (("embedding", "weight"),),
+    "embedding": (("embedding", "weight", "row column -> row column", "embedding"),),
 }
 _QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -155,7 +155,10 @@ def _bert(prefix: str) -> Family:
         )
     decoder = f"{module}.decoder"
     head_leaf = f"{decoder.replace('.', '/')}/kernel"
-    output = [make_line((bias, f"{module}.bias")), make_line((head_leaf, f"{decoder}.weight"))]
+    output = [
+        make_line((bias, f"{module}.bias")),
+        make_line((head_leaf, f"{decoder}.weight"), "linear"),
+    ]
     return Family(
         (*body, *heads, *output),
         f"{prefix}/embeddings/word_embeddings/embedding",

@@ -16,12 +16,12 @@ _MLP = tuple(
     (f"{_BLOCK}/mlp/{p}_proj/kernel", f"{_TORCH}.mlp.{p}_proj.weight")
     for p in ("gate", "up", "down")
 )
-_TABLE = ("embedder/input_embedding", "model.embed_tokens.weight")
+_TABLE = ("embedder/input_embedding", "model.embed_tokens.weight", None, "embedding")
 
 
 def _family(*lines: tuple[str, ...], tied: bool, hints: tuple[str, ...] = ()) -> Family:
     return Family(
-        tuple(make_line(line) for line in (_TABLE, *_MLP, *lines)),
+        tuple(make_line(line, "linear") for line in (_TABLE, *_MLP, *lines)),
         "embedder/input_embedding",
         tied=tied,
         head_leaf="lm_head/w",

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER
+from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION
 from flax_tied_lora._config.axes_and_parts import said_of
 from flax_tied_lora._interpreter.sites import CallSite, CallSites
 from flax_tied_lora._ties.groups import TieGroup
@@ -84,11 +84,32 @@ def read_as_table(group: TieGroup, sites: Iterable[CallSite]) -> bool:
     """
     sites = list(sites)
     lookups = [s for s in sites if s.role == LOOKUP]
-    if any(s.operation != "dot_general" for s in lookups):
-        return True
     kernel = all(leaf_name(path) == "kernel" for path in group.paths)
-    both_ways = any(set(s.rows) & set(pick.cols) for pick in lookups for s in sites)
-    return bool(lookups) and (both_ways or not kernel)
+    return bool(lookups) and (_picked(lookups, sites) or not kernel)
+
+
+def roles_of(group: TieGroup, sites: CallSites | None) -> tuple[tuple[str, str], ...]:
+    """Returns what its call sites say that each leaf of a group is: looked up, or multiplied with.
+
+    A leaf is left out that they say nothing of: it is not read, or only multiplied with one-hot
+    data, which may pick rows or be the features that a layer is fed.
+    """
+    used, roles = in_canonical_layout(group, (sites or CallSites()).of(*group.paths)), []
+    for path in group.paths:
+        lookups = [s for s in used if s.leaf == path and s.role == LOOKUP]
+        if lookups and _picked(lookups, used):
+            roles.append((path, LOOKUP))
+        elif not lookups and any(s.leaf == path for s in used):
+            roles.append((path, PROJECTION))
+    return tuple(roles)
+
+
+def _picked(lookups: Iterable[CallSite], sites: Sequence[CallSite]) -> bool:
+    """Returns whether some lookups pick rows in any case: by index, or of what is a head, too."""
+    return any(
+        pick.operation != "dot_general" or any(set(s.rows) & set(pick.cols) for s in sites)
+        for pick in lookups
+    )
 
 
 def _transposed(site: CallSite) -> CallSite:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax_tied_lora._config.checks import reads_weight
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSites
-from flax_tied_lora._planning.axes import Axes, axes_of
+from flax_tied_lora._planning.axes import Axes, axes_of, roles_of
 from flax_tied_lora._planning.fused import fused_parts
 from flax_tied_lora._planning.matches import Hit, Hits, adaptable
 from flax_tied_lora._planning.plan import (
@@ -148,7 +148,7 @@ def _group_plan(
     _check_kinds(group, adapters)
     return GroupPlan(
         group.members, sources, tuple(leaf.shape), str(jnp.dtype(leaf.dtype)), axes.rows,
-        axes.cols, axes.batch, axes.is_table, tuple(adapters),
+        axes.cols, axes.batch, axes.is_table, tuple(adapters), roles_of(group, sites),
     )  # fmt: skip
 
 

@@ -99,6 +99,7 @@ class GroupPlan:
         [batch..., cols...].
       is_table: whether rows are picked from it by index.
       adapters: its adapters; () where the group is tied and not adapted.
+      roles: (leaf, role) pairs: what call sites say that its leaves are, where they say it.
     """
 
     members: tuple[Member, ...]
@@ -110,6 +111,7 @@ class GroupPlan:
     batch: tuple[int, ...] = ()
     is_table: bool = False
     adapters: tuple[AdapterPlan, ...] = ()
+    roles: tuple[tuple[str, str], ...] = ()
 
     @property
     def key(self) -> str:
@@ -132,8 +134,9 @@ class GroupPlan:
             others = adapter.sites.others
             left = bool(others) and all(other.role == LOOKUP for other in others)
             return left or adapter.sites.role == PROJECTION
-        members = [m for m in self.members if m.path in adapter.members]
-        return bool(members) and all(m.transposed or not is_table(m.path) for m in members)
+        roles = {m.path: LOOKUP if is_table(m.path) else PROJECTION for m in self.members}
+        roles |= {m.path: PROJECTION for m in self.members if m.transposed} | dict(self.roles)
+        return {roles[path] for path in adapter.members} == {PROJECTION}
 
     def axes(self, adapter: AdapterPlan) -> dict[str, tuple[Any, ...]]:
         """For each array of an adapter, the leaf axis that each of its axes is, or `RANK`.
@@ -280,6 +283,7 @@ def _group(entry: Mapping[str, Any]) -> GroupPlan:
     tuples = {name: tuple(entry[name]) for name in ("found", "shape", "rows", "cols", "batch")}
     members = tuple(Member(**m) for m in entry["members"])
     adapters = tuple(_adapter(a) for a in entry["adapters"])
+    tuples["roles"] = tuple(map(tuple, entry.get("roles", ())))
     return GroupPlan(**{**entry, **tuples, "members": members, "adapters": adapters})
 
 

@@ -28,6 +28,11 @@ TRAINABLE_TOKENS = "trainable_tokens"
 BIAS = "bias"
 COLLECTIONS = (LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS, BIAS)
 
+
+def _is_role(pair: Any) -> bool:
+    return TEXTS.fits(pair) and len(pair) == 2 and pair[1] in (LOOKUP, PROJECTION)
+
+
 _SPAN = Kind("an axis, a start and a stop", lambda x: COUNTS.fits(x) and len(x) == 3)
 _PLAN = {"format": COUNT, "groups": LIST, "config": OBJECT}
 _TIE = {"members": LIST, "found": TEXTS}
@@ -39,6 +44,7 @@ _GROUP = _TIE | {
     "batch": COUNTS,
     "is_table": FLAG,
     "adapters": LIST,
+    "roles": Kind("pairs of a leaf and its role", lambda x: LIST.fits(x) and all(map(_is_role, x))),
 }
 _MEMBER = {"path": TEXT, "transposed": FLAG}
 _ADAPTER = {
@@ -72,7 +78,7 @@ def check_plan(content: Any) -> None:
     check_fields(content, "plan", _PLAN)
     for i, group in enumerate(content["groups"]):
         where = f"groups[{i}]"
-        check_fields(group, where, _GROUP)
+        check_fields(group, where, _GROUP, may_lack=("roles",))
         _check_group(group, where)
     groups = content["groups"]
     _check_once((m["path"] for g in groups for m in g["members"]), "the leaf")

@@ -70,7 +70,7 @@ class TestTables:
         extra = [("transformer/h/{}/attn/c_attn/kernel", "h.{}.qkv.weight", "i o -> o i")]
         names = names_of("gpt2", extra)
         (weight,) = names.to_torch("transformer/h/3/attn/c_attn/kernel", (4, 12))
-        assert (weight.name, weight.kind) == ("h.3.qkv.weight", "linear")
+        assert (weight.name, weight.kind) == ("h.3.qkv.weight", "matrix")
         assert names.to_flax("h.3.qkv.weight")[0] == "transformer/h/3/attn/c_attn/kernel"
         (bias,) = names.to_torch("transformer/h/3/attn/c_attn/bias", 1)
         assert bias.name == "transformer.h.3.attn.c_attn.bias"

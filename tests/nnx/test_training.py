@@ -172,9 +172,9 @@ class TestStored:
     def test_peft_round_trip(self, tmp_path):
         """By the paths of both of the Variable's names, as PyTorch has two modules for them."""
         names = names_of(None, [
-            ("embed_tokens/embedding", "model.embed_tokens.weight"),
-            ("lm_head/embedding", "lm_head.weight"),
-            ("up/kernel", "model.up.weight"),
+            ("embed_tokens/embedding", "model.embed_tokens.weight", None, "embedding"),
+            ("lm_head/embedding", "lm_head.weight", None, "linear"),
+            ("up/kernel", "model.up.weight", None, "linear"),
             ("up/bias", "model.up.bias"),
         ])  # fmt: skip
         model = adapted(ensure_weight_tying=True)

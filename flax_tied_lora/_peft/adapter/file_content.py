@@ -13,7 +13,7 @@ import numpy as np
 
 from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION
 from flax_tied_lora._config.config import LoraConfig
-from flax_tied_lora._names.layout import TorchWeight
+from flax_tied_lora._names.layout import MATRIX, TorchWeight
 from flax_tied_lora._names.mapping import Names, UnmappedError
 from flax_tied_lora._peft.adapter.file_tensors import PREFIX
 from flax_tied_lora._peft.adapter.folder import AdapterFiles
@@ -33,7 +33,7 @@ _FACTOR = re.compile(
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _BASE = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.base_layer\.weight")
 # Kinds of input and output embeddings.
-_EMBEDDING_KINDS = ("embedding", "linear")
+_EMBEDDING_KINDS = ("embedding", "linear", MATRIX)
 
 
 @dataclasses.dataclass
@@ -42,6 +42,7 @@ class Content:
 
     Attributes:
       hits: what is adapted how, in `wrap`'s terms.
+      embeddings: modules that have an embedding's factors.
       adapted: names of the PyTorch parameters that have factors or a copy, or are a bias.
       tokens: modules that have trainable tokens: their leaves' paths, and where in the leaf.
       unused: tensors that PEFT writes and does not read.
@@ -50,6 +51,7 @@ class Content:
     """
 
     hits: Named = dataclasses.field(default_factory=lambda: Named({}, {}, {}, set()))
+    embeddings: set[str] = dataclasses.field(default_factory=set)
     adapted: set[str] = dataclasses.field(default_factory=set)
     tokens: dict[str, tuple[str, TorchWeight]] = dataclasses.field(default_factory=dict)
     unused: set[str] = dataclasses.field(default_factory=set)
@@ -98,6 +100,7 @@ class _Reading:
             for name, inner in inner_names.items()
             if (factor := _FACTOR.fullmatch(inner))
         }
+        self.result.embeddings |= {m for n, m in modules.items() if ".lora_embedding_" in n}
         for module in sorted(set(modules.values())):
             self._add_factors(module)
         for name, inner in inner_names.items():
@@ -179,7 +182,8 @@ class _Reading:
         weights = self.names.to_torch(path, unboxed(self.leaves[path]).shape)
         if module in {w.module for w in weights}:
             return Hit(target, module, leaf=path)
-        role = LOOKUP if weight.kind == "embedding" else PROJECTION
+        # Of names that share a tensor only those of lookups have a kind that may be open.
+        role = LOOKUP if weight.kind in ("embedding", MATRIX) else PROJECTION
         return Hit(target, module, role=role)
 
     def _leaf(self, parameter: str) -> tuple[str, TorchWeight]:

@@ -24,7 +24,7 @@ from flax_tied_lora._names.axis_maps import (
     to_torch_order,
     torch_sizes,
 )
-from flax_tied_lora._names.layout import TorchWeight
+from flax_tied_lora._names.layout import MATRIX, TorchWeight
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter
 from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._planning.plan import (
@@ -132,6 +132,14 @@ def _factor_tensors(
         if weight.kind == "conv1d":
             inputs, outputs = outputs, inputs
         names = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+    elif weight.kind == MATRIX:
+        raise ValueError(
+            f"{adapter.key!r} is {weight.name!r} in PyTorch, and neither its line in the table of "
+            "names nor call sites say whether that is an embedding or a linear layer, which PEFT's "
+            'files keep apart; give its line a kind, (path, name, layout, "embedding") or (..., '
+            '"linear"), or wrap with the call sites of the model: sites = tied_lora.trace('
+            "model.apply, ...); wrap(params, config, sites=sites)"
+        )
     else:
         raise ValueError(
             f"{adapter.key!r} is {weight.name!r} in PyTorch, a {weight.kind}, for which PEFT's "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flax_tied_lora._config.config import LoraConfig
-from flax_tied_lora._names.layout import TorchWeight
+from flax_tied_lora._names.layout import MATRIX, TorchWeight
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._peft.adapter.file_content import Content
 from flax_tied_lora._peft.adapter.file_tensors import PREFIX
@@ -48,7 +48,9 @@ def with_parts(
 def _modules_along_an_axis(group: GroupPlan, names: Names) -> list[TorchWeight]:
     """Returns a leaf's modules in order, if they lie along an axis of rows or columns; else []."""
     weights = names.to_torch(group.key, group.shape)
-    if len(weights) < 2 or any(len(w.part) != 1 or w.kind != "linear" for w in weights):
+    if len(weights) < 2 or any(
+        len(w.part) != 1 or w.kind not in ("linear", MATRIX) for w in weights
+    ):
         return []
     axes = {w.part[0][0] for w in weights}
     ordered = sorted(weights, key=lambda w: w.part[0][1])

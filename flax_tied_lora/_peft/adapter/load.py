@@ -13,7 +13,7 @@ import numpy as np
 from flax_tied_lora._adapters.adapted import Adapted, Params
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSites
-from flax_tied_lora._names.layout import TorchWeight
+from flax_tied_lora._names.layout import MATRIX, TorchWeight
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._peft.adapter.base_tensors import check_base, with_base
 from flax_tied_lora._peft.adapter.file_content import Content, content_of
@@ -185,7 +185,16 @@ def _with_tensors(
             unread = {w.module for w in in_file if w.module.rpartition(".")[2] == "shared"}
             content.unread |= unread
             in_file = [w for w in in_file if w.module not in content.unread]
-    return TorchAdapter(group, adapter, tuple(in_file or weights))
+    in_file = [_of_file(w, content) for w in in_file or weights]
+    return TorchAdapter(group, adapter, tuple(in_file))
+
+
+def _of_file(weight: TorchWeight, content: Content) -> TorchWeight:
+    """Returns a parameter whose kind nothing else says, with that of the file's tensors."""
+    if weight.kind != MATRIX:
+        return weight
+    kind = "embedding" if weight.module in content.embeddings else "linear"
+    return dataclasses.replace(weight, kind=kind)
 
 
 def _check_names(files: AdapterFiles, content: Content, wanted: set[str]) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flax_tied_lora._algebra.site_filter import LOOKUP, PROJECTION
-from flax_tied_lora._names.layout import TorchWeight, to_torch_array
+from flax_tied_lora._names.layout import MATRIX, TorchWeight, to_torch_array
 from flax_tied_lora._names.mapping import Names, UnmappedError
 from flax_tied_lora._planning.plan import AdapterPlan, GroupPlan
 from flax_tied_lora._tree.boxes import unboxed
@@ -49,7 +49,7 @@ def parameters_of_adapter(
         if not adapter.covers(member.path):
             continue
         shape = group.shape[::-1] if member.transposed else group.shape
-        of_member = list(names.to_torch(member.path, shape))
+        of_member = [with_kind(w, group, member.path) for w in names.to_torch(member.path, shape)]
         if len(of_member) == 1 and not adapter.members:
             of_member += _tied_parameters(member.path, of_member[0], names, paths)
         weights += [_transposed(w) if member.transposed else w for w in of_member]
@@ -68,6 +68,19 @@ def parameters_of_adapter(
                 "own in PyTorch"
             )
     return list({w.name: w for w in weights}.values())
+
+
+def with_kind(weight: TorchWeight, group: GroupPlan | None, path: str) -> TorchWeight:
+    """Returns a parameter whose kind the table of names leaves open, with that of its call sites.
+
+    Args:
+      group: of the leaf, where the plan has one.
+      path: of the leaf.
+    """
+    role = None if group is None else dict(group.roles).get(path)
+    if weight.kind != MATRIX or role is None:
+        return weight
+    return dataclasses.replace(weight, kind="embedding" if role == LOOKUP else "linear")
 
 
 def parameters_of_leaf(
@@ -126,9 +139,8 @@ def _tied_parameters(
 
 def _renamed(weight: TorchWeight, other: TorchWeight) -> TorchWeight:
     """Returns a parameter's place in a leaf, under the name and kind of another."""
-    return dataclasses.replace(
-        weight, module=other.module, parameter=other.parameter, kind=other.kind
-    )
+    kind = weight.kind if other.kind == MATRIX else other.kind
+    return dataclasses.replace(weight, module=other.module, parameter=other.parameter, kind=kind)
 
 
 def _transposed(weight: TorchWeight) -> TorchWeight:
@@ -147,4 +159,6 @@ def _is_meant(weight: TorchWeight, adapter: AdapterPlan) -> bool:
     if sites.scope is not None:
         tail = sites.scope.replace("/", ".")
         return f".{tail}.".endswith(f".{weight.module}.") or weight.module == adapter.name
+    if weight.kind == MATRIX:
+        return True  # refused where it matters
     return sites.role == (LOOKUP if weight.kind == "embedding" else PROJECTION)

@@ -25,6 +25,7 @@ from flax_tied_lora._peft.adapter.parameters import (
     parameters_of_adapter,
     parameters_of_leaf,
     parameters_of_leaves,
+    with_kind,
 )
 from flax_tied_lora._peft.adapter.saved_config import config_of
 from flax_tied_lora._peft.files.errors import AdapterFileError
@@ -213,11 +214,12 @@ def _kinds_of_modules(adapted: Adapted, names: Names) -> Mapping[str, str]:
     """
     leaves, _ = flatten(adapted.params)
     shapes = {p: x.shape for p, x in leaves.items() if not is_marker(x)}
+    groups = {m.path: group for group in adapted.plan.groups for m in group.members}
     for group in adapted.plan.groups:
         for member in group.members[1:]:
             shapes[member.path] = group.shape[::-1] if member.transposed else group.shape
     return {
-        w.module: w.kind
+        w.module: with_kind(w, groups.get(path), path).kind
         for path, shape in shapes.items()
         for w in parameters_of_leaf(path, shape, names, shapes)
         if w.parameter == "weight"

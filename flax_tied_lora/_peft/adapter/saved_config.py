@@ -13,6 +13,7 @@ from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._config.axes_and_parts import OWN_KEY
 from flax_tied_lora._config.checks import as_tuple
 from flax_tied_lora._config.regexes import problem
+from flax_tied_lora._names.layout import MATRIX
 from flax_tied_lora._names.mapping import Names
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter
 from flax_tied_lora._peft.adapter.row_numbers import torch_rows
@@ -23,7 +24,8 @@ PEFT_VERSION = "0.21.2"
 # The names of the layers that PEFT can tie (peft.utils.constants).
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 _LISTED = ("target_modules", "exclude_modules")
-_LINEAR = ("linear", "conv1d")
+# What may be one counts as one: names in full are written then, which mean the same to PEFT.
+_LINEAR = ("linear", "conv1d", MATRIX)
 
 
 def config_of(

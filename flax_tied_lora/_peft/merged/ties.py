@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from flax_tied_lora._algebra.site_filter import PROJECTION
-from flax_tied_lora._names.layout import TorchWeight
+from flax_tied_lora._names.layout import MATRIX, TorchWeight
 from flax_tied_lora._names.line import make_line
-from flax_tied_lora._names.mapping import Names, UnmappedError
+from flax_tied_lora._names.mapping import LOOKUPS, Names, UnmappedError
 from flax_tied_lora._peft.input_embedding import ParametersByName
 from flax_tied_lora._peft.merged.leaves import Leaf
 from flax_tied_lora._planning.naming import ROLES
@@ -87,7 +87,10 @@ def heads_beside(parameters: ParametersByName, leaves: Mapping[str, Leaf], table
     path, weight = parameters[table]
     shape, heads = weight.shape(leaves[path].shape), []
     for name, (other, head) in parameters.items():
-        fits = head.kind == "linear" and head.shape(leaves[other].shape) == shape
+        linear = head.kind == "linear" or (
+            head.kind == MATRIX and not head.module.endswith(LOOKUPS)
+        )
+        fits = linear and head.shape(leaves[other].shape) == shape
         if name == table or not fits or re.search(r"\d", name):
             continue
         if leaves[other].identity == leaves[path].identity:
@@ -104,7 +107,7 @@ def lookups_beside(parameters: ParametersByName, names: Names) -> dict[str, str]
     return {
         name: table.name
         for tie in names.ties
-        if (table := names.own_weight(tie)).name in parameters and table.kind == "embedding"
+        if (table := names.own_weight(tie)).name in parameters and table.kind != "linear"
         for name in tie.names
         if name not in parameters and not _is_head(names, name)
     }

@@ -238,7 +238,7 @@ def test_a_leaf_without_a_name(tmp_path):
 def test_factors_of_an_untraced_kernel_the_other_way_round(tmp_path):
     """Rows that are no inputs cannot be PEFT's lora_A: the error asks for call sites."""
     p = {"w": jnp.asarray(draw(1, 4, 6))}
-    names = names_of(None, [("w", "w.weight", "out in -> out in")])
+    names = names_of(None, [("w", "w.weight", "out in -> out in", "linear")])
     config = tied_lora.LoraConfig(r=2, target_modules=["w"], use_dora=True)
     adapted = tied_lora.wrap(p, config)
     with pytest.raises(AdapterFileError, match=r"rows \(0,\) and columns \(1,\).*sites=\.\.\."):
