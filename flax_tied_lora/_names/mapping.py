@@ -51,6 +51,7 @@ class Names:
       ignored: patterns of what PyTorch files hold besides parameters.
       renamed: (pattern, replacement) of names in old files.
       hints: (pattern of paths, what to do where such a path is unmapped), or ().
+      vocab_size: rows of PyTorch's input embedding, where the model's config says it.
     """
 
     family: str
@@ -61,6 +62,7 @@ class Names:
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     hints: tuple[str, ...] = ()
+    vocab_size: int | None = None
 
     def __repr__(self) -> str:
         return f"Names({self.family!r}, {len(self.extra) + len(self.lines)} lines)"
@@ -100,7 +102,7 @@ class Names:
         if known is not None:
             check_whole(path, weights, known)
             for weight in weights:
-                weight.shape(known)
+                weight.shape(known)  # an error where a map is for another size
         return tuple(weights)
 
     def to_flax(self, name: str) -> tuple[str, TorchWeight]:

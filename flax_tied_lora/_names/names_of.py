@@ -66,7 +66,11 @@ def names_of(
     for path, modules in (tied or {}).items():
         known = ties[path].names if path in ties else ()
         ties[path] = Tie(path, tuple(dict.fromkeys((*known, *_modules(path, modules)))))
-    names = dataclasses.replace(names, extra=lines, ties=tuple(ties.values()))
+    size = _field(model, "vocab_size")
+    names = dataclasses.replace(
+        names, extra=lines, ties=tuple(ties.values()),
+        vocab_size=size if isinstance(size, int) else None,
+    )  # fmt: skip
     for path in tied or {}:
         _check_tie(names, ties[path])
     return names

@@ -52,6 +52,35 @@ def is_resized(adapted: Adapted, names: Names, base_model: str | None) -> bool:
     return None not in (size, rows) and size != rows
 
 
+def refuse_other_vocabulary(
+    adapted: Adapted, adapters: Sequence[TorchAdapter], names: Names
+) -> None:
+    """Refuses adapters of a table that has other rows than the config of the names says.
+
+    Raises:
+      AdapterFileError: there is one, which PEFT could not load into that config's model.
+    """
+    size = _rows(flatten(adapted.params)[0], names)
+    if None in (size, names.vocab_size) or size == names.vocab_size:
+        return
+    for a in adapters:
+        odd = [w for w in a.weights if size in w.shape(a.group.shape)]
+        odd = [w for w in odd if not re.search(r"\d", w.name)]
+        if a.adapter.kind in (LORA, MODULES_TO_SAVE) and odd:
+            axis = "row" if odd[0].kind == "embedding" else "out"
+            line = (
+                f"({a.group.key!r}, {odd[0].name!r}, None, {odd[0].kind!r}, "
+                f'{{"{axis}": Padding(leaf={size}, torch={names.vocab_size})}})'
+            )
+            raise AdapterFileError(
+                f"save_adapter: {a.group.key!r} {list(a.group.shape)} is adapted, and is "
+                f"{odd[0].name} with {size} rows in PyTorch, where the config that names_of was "
+                f"given has vocab_size={names.vocab_size}. Where rows are padding, say so: "
+                f"names_of(..., extra=[{line}]). Where tokens were added, give names_of the config "
+                "of the grown model, or save_embedding_layers=True"
+            )
+
+
 def base_entries(
     adapted: Adapted, adapters: Sequence[TorchAdapter], names: Names, written: Collection[str]
 ) -> Iterator[TensorSource]:

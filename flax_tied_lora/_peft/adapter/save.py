@@ -17,7 +17,12 @@ from flax_tied_lora._adapters.adapted import Adapted, check_adapted, shapes_of
 from flax_tied_lora._names.axis_maps import Padding, Scale
 from flax_tied_lora._names.layout import TorchWeight
 from flax_tied_lora._names.mapping import Names
-from flax_tied_lora._peft.adapter.base_tensors import base_entries, is_resized, leaf_source
+from flax_tied_lora._peft.adapter.base_tensors import (
+    base_entries,
+    is_resized,
+    leaf_source,
+    refuse_other_vocabulary,
+)
 from flax_tied_lora._peft.adapter.file_tensors import PREFIX, FileTensor, file_tensors
 from flax_tied_lora._peft.adapter.folder import write_adapter
 from flax_tied_lora._peft.adapter.parameters import (
@@ -68,7 +73,8 @@ def save_adapter(
       TypeError: not an `Adapted`.
       ValueError: an option is unknown; leaves that `names` has as one tensor have other values.
       UnmappedError: a leaf has no PyTorch name; it shows the line to add.
-      AdapterFileError: an adapter has no form in PEFT's file, or the directory cannot be written.
+      AdapterFileError: an adapter has no form in PEFT's file, or its table another number of rows
+        than the config of the names says; or the directory cannot be written.
     """
     check_adapted("save_adapter", adapted)
     if not isinstance(names, Names):
@@ -107,6 +113,8 @@ def save_adapter(
         save_embedding_layers = is_resized(adapted, names, base_model)
     if save_embedding_layers:
         entries += base_entries(adapted, adapters, names, {entry.name for entry in entries})
+    else:
+        refuse_other_vocabulary(adapted, adapters, names)
     text = json.dumps(config, indent=2, allow_nan=False)
     entries.sort(key=lambda entry: entry.name)
     write_adapter(directory, text, entries, overwrite=overwrite)

@@ -270,3 +270,31 @@ def test_an_untied_head_has_the_tables_maps(tmp_path):
     ):
         expected = 2 * leaf[np.array([3, 1, 0])]
         np.testing.assert_allclose(found[f"{name}.weight"], expected, 1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["target_modules", "modules_to_save"])
+def test_a_table_with_other_rows_than_the_config_is_refused(tmp_path, kind):
+    """The error shows the line to add, for a table that was padded."""
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4)), jnp.float32)
+    params = {"model": {"embed_tokens": {"embedding": table}}}
+    fields = {"target_modules": [], kind: ["embed_tokens"], "r": 2, "init_lora_weights": False}
+    adapted = tied_lora.wrap(params, tied_lora.LoraConfig(**fields))
+    config = {"model_type": "llama", "vocab_size": 6, "tie_word_embeddings": True}
+    with pytest.raises(AdapterFileError, match=r"8 rows in PyTorch.*vocab_size=6") as error:
+        save_adapter(tmp_path / "a", adapted, names_of(config))
+    assert not (tmp_path / "a").exists()
+    text = str(error.value)
+    shown = eval(text[text.index("extra=") + 6 : text.index("). Where tokens")])
+    names = names_of(config, extra=shown)
+    save_adapter(tmp_path / "a", adapted, names)
+    base, merged = (
+        to_state_dict(p, names, duplicates=True) for p in (params, tied_lora.merge(adapted))
+    )
+    assert merged["lm_head.weight"].shape == (6, 4)
+    assert_same(merged_in_torch(tmp_path / "a", base), merged)
+    save_adapter(tmp_path / "b", adapted, names_of({**config, "vocab_size": 8}))
+    save_adapter(tmp_path / "c", adapted, names_of(config), save_embedding_layers=True)
+    rows = tied_lora.wrap(params, tied_lora.LoraConfig(
+        target_modules=[], trainable_token_indices=[7]
+    ))  # fmt: skip
+    save_adapter(tmp_path / "d", rows, names_of(config))
