@@ -55,7 +55,7 @@ def with_leaf_rows(config: LoraConfig, tables: Tables, params: Any) -> LoraConfi
 
     def rows(tokens: Iterable[int], path: str, weight: TorchWeight) -> Sequence[int]:
         shape = unboxed(leaves[path]).shape
-        axis = next(a for a in weight.dims[0 if weight.kind != "conv1d" else 1])
+        axis = weight.dims[0 if weight.kind != "conv1d" else 1][0]
         order = weight.order(axis, shape[axis]).tolist()
         for token in tokens:
             if not 0 <= token < len(order) or order[token] < 0:
