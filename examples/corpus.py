@@ -23,16 +23,30 @@ def documentation_text() -> str:
 
 
 def read_text(*paths: str | Path) -> str:
-    """Returns the text of UTF-8 files, joined by newlines."""
-    texts = []
-    for path in map(Path, paths):
-        try:
-            texts.append(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}: byte {error.start} is not UTF-8 text: convert the file first"
-            ) from error
-    return "\n".join(texts)
+    """Returns the text of UTF-8 files, joined by newlines.
+
+    Raises:
+      ValueError: a file holds no text.
+    """
+    return "\n".join(map(_text, map(Path, paths)))
+
+
+def _text(path: Path) -> str:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the files in it")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: check the path")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {error.start} is not UTF-8 text: convert the file first"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{path} holds a zero byte, as no text does: name a text file")
+    if not text.strip():
+        raise ValueError(f"{path} is empty: name a file with text")
+    return text
 
 
 def split(tokens: np.ndarray, held_out: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +89,7 @@ def windows(tokens: np.ndarray, length: int) -> np.ndarray:
 def batches(
     tokens: np.ndarray, batch: int, length: int, seed: int, start: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yields training batches without end.
+    """Returns training batches without end.
 
     Each pass over the text has its own order, drawn from ``seed`` and the number of the pass and
     from nothing else. Batch n is thus the same whether a run came to it by itself or was resumed
@@ -88,8 +102,11 @@ def batches(
       seed: of the order, not negative.
       start: the number of the first batch.
 
-    Yields:
-      int32 [batch, length + 1]: inputs ``[:, :-1]``, targets ``[:, 1:]``.
+    Returns:
+      An iterator of int32 [batch, length + 1]: inputs ``[:, :-1]``, targets ``[:, 1:]``.
+
+    Raises:
+      ValueError: the text is too short for a batch; here already, not at the first of them.
     """
     rows = windows(tokens, length)
     per_pass = len(rows) // batch
@@ -98,7 +115,10 @@ def batches(
             f"{len(rows)} rows of {length} tokens make no batch of {batch}: give more text or a "
             "smaller batch"
         )
-    for step in itertools.count(start):
+
+    def drawn(step: int) -> np.ndarray:
         number, place = divmod(step, per_pass)
         order = np.random.default_rng((seed, number)).permutation(len(rows))
-        yield rows[order[place * batch : (place + 1) * batch]]
+        return rows[order[place * batch : (place + 1) * batch]]
+
+    return map(drawn, itertools.count(start))

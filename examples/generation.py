@@ -42,6 +42,11 @@ def causal_lm(model: FlaxPreTrainedModel) -> ApplyFn:
     return apply_fn
 
 
+def window_length(tokens: int, new_tokens: int) -> int:
+    """Returns how long a row `generate` has the model read, for a prompt of so many tokens."""
+    return -(-(tokens + new_tokens) // 64) * 64
+
+
 def generate(
     apply_fn: ApplyFn,
     params: Any,
@@ -66,7 +71,7 @@ def generate(
         raise ValueError("the prompt is empty: give at least one token to continue")
     # All steps share one window, so they are compiled once. Attention is causal: what is right of a
     # position is not seen from there.
-    window = np.zeros((1, -(-(start + max_new_tokens) // 64) * 64), np.int32)
+    window = np.zeros((1, window_length(start, max_new_tokens)), np.int32)
     window[0, :start] = tokens
     end = start
     while end < start + max_new_tokens:

@@ -6,7 +6,6 @@ says.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import program
+from jax.experimental import multihost_utils
 
 AXES = ("data", "model")
 INTO, OUT = ("q_proj", "k_proj", "v_proj", "up_proj"), ("o_proj", "down_proj")
@@ -26,23 +27,12 @@ LAYOUTS = {
 }
 
 
-def axes(text: str) -> dict[str, int]:
-    """Returns the sizes of the axes, 1 of one that is not named: ``"data=2,model=4"``."""
-    sizes = dict.fromkeys(AXES, 1)
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if name not in sizes or not size.isdecimal() or not int(size):
-            raise argparse.ArgumentTypeError(f"{part!r}: expected data=N or model=N, N at least 1")
-        sizes[name] = int(size)
-    return sizes
-
-
 def make_mesh(sizes: dict[str, int]) -> jax.sharding.Mesh:
     """Returns a mesh over all devices of all processes."""
     wanted, there = math.prod(sizes.values()), jax.device_count()
     if wanted != there:
         asked = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise SystemExit(
+        raise program.RefusedError(
             f"--mesh {asked} is of {wanted} devices, and there are {there}, in "
             f"{jax.process_count()} processes: make the product of the sizes {there}. (On CPUs "
             "JAX_NUM_CPU_DEVICES sets how many devices a process has.)"
@@ -64,7 +54,7 @@ def place(params: Any, mesh: jax.sharding.Mesh, shard: str) -> Any:
         for axis, (size, split) in enumerate(zip(leaf.shape, spec, strict=False)):
             parts = _parts(mesh, split)
             if size % parts:
-                raise SystemExit(
+                raise program.RefusedError(
                     f"{module}/{name} {list(leaf.shape)} does not split into {parts} parts along "
                     f"axis {axis}, of {size}: {_remedy(name, axis, parts)}"
                 )
@@ -91,7 +81,7 @@ def rows_sharding(mesh: jax.sharding.Mesh, shard: str, rows: int) -> jax.NamedSh
     """Returns the sharding of a batch: its rows over the axes that hold data."""
     names = LAYOUTS[shard][3]
     if rows % (parts := _parts(mesh, names)):
-        raise SystemExit(
+        raise program.RefusedError(
             f"--batch {rows} does not split over {parts} slices of the mesh ({names}): take a "
             f"multiple of {parts}"
         )
@@ -107,6 +97,13 @@ def global_batch(rows: np.ndarray, sharding: jax.NamedSharding) -> jax.Array:
     own = sorted({place[0].indices(len(rows))[:2] for place in places if place})
     local = np.concatenate([rows[start:stop] for start, stop in own])
     return jax.make_array_from_process_local_data(sharding, local, rows.shape)
+
+
+def anywhere(flag: bool) -> bool:
+    """Returns whether it is so in any process; all of them have to ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def optimizer_state(optimizer: optax.GradientTransformation, adapters: Any, mesh: Any) -> Any:

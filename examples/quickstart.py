@@ -1,5 +1,18 @@
 """LoRA on a small Linen model whose output layer is its embedding: one delta for both uses."""
 
+import argparse
+import signal
+import sys
+
+if __name__ == "__main__":
+
+    def stop(*_):  # Ctrl-C
+        sys.stderr.write("\nInterrupted; nothing is kept: the same command begins anew.\n")
+        sys.exit(130)
+
+    signal.signal(signal.SIGINT, stop)
+    argparse.ArgumentParser(description=__doc__).parse_args()
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

@@ -3,6 +3,11 @@
 import functools
 import time
 
+import program
+
+if __name__ == "__main__":
+    program.start(__doc__)
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

@@ -110,6 +110,66 @@ class FlaxLlama(flax_llama.FlaxLlamaForCausalLM):
     module_class = LlamaModule
 
 
+class GgufFile:
+    """The GGUF file of a tied Llama, opened: what is wrong with it shows before weights are read.
+
+    Arguments and errors are those of the function `load`.
+
+    Attributes:
+      model: the model, which holds no parameters.
+      tokenizer: its tokenizer.
+      context: the longest sequence that the model was trained for.
+      shapes: the parameters, as `load` gives them, without their values.
+    """
+
+    def __init__(self, path: str | Path | None = None, *, context: int = 1024) -> None:
+        self.path = Path(path) if path else _installed_gguf()
+        try:
+            import gguf
+        except ModuleNotFoundError as error:
+            what = f"{error}. To read {self.path.name}: pip install gguf"
+            raise ModuleNotFoundError(what) from error
+        self._dequantize = gguf.dequantize
+        try:
+            self._reader = gguf.GGUFReader(self.path)
+        except (ValueError, IndexError, KeyError) as error:
+            raise ValueError(f"{self.path} is no whole GGUF file: {error}") from error
+        field = self._field
+        if (architecture := field("general.architecture")) != "llama":
+            raise ValueError(f"{self.path.name} holds a {architecture!r} model, expected 'llama'")
+        self.context = field("llama.context_length")
+        self._config = LlamaConfig(
+            vocab_size=len(field("tokenizer.ggml.tokens")),
+            hidden_size=field("llama.embedding_length"),
+            intermediate_size=field("llama.feed_forward_length"),
+            num_hidden_layers=field("llama.block_count"),
+            num_attention_heads=field("llama.attention.head_count"),
+            num_key_value_heads=field("llama.attention.head_count_kv"),
+            max_position_embeddings=min(context, self.context),
+            rope_theta=field("llama.rope.freq_base"),
+            rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+            bos_token_id=field("tokenizer.ggml.bos_token_id"),
+            eos_token_id=field("tokenizer.ggml.eos_token_id"),
+            tie_word_embeddings=True,
+        )
+        self.tokenizer = build_tokenizer(field)
+        self.model = FlaxLlama(self._config, _do_init=False)
+        shapes = ((t.name, t.shape[::-1]) for t in self._reader.tensors)
+        blank = ((name, np.broadcast_to(np.float32(0), shape)) for name, shape in shapes)
+        self.shapes = _with_placeholder(flax_params(blank, self._config, _shape_of))
+
+    def _field(self, key: str) -> Any:
+        if key not in self._reader.fields:
+            raise ValueError(f"{self.path.name} has no {key!r}: expected the GGUF of a Llama")
+        return self._reader.fields[key].contents()
+
+    def load(self) -> dict[str, Any]:
+        """Returns the parameters; see the function `load`."""
+        # One tensor at a time, so that the whole model is in memory only once.
+        weights = ((t.name, self._dequantize(t.data, t.tensor_type)) for t in self._reader.tensors)
+        return _with_placeholder(flax_params(weights, self._config))
+
+
 def load(
     path: str | Path | None = None, *, context: int = 1024
 ) -> tuple[FlaxLlama, dict[str, Any], PreTrainedTokenizerFast]:
@@ -130,38 +190,8 @@ def load(
       ModuleNotFoundError: a package is missing. The message says what to install.
       ValueError: the file holds another kind of model.
     """
-    path = Path(path) if path else _installed_gguf()
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}. To read {path.name}: pip install gguf") from error
-    reader = gguf.GGUFReader(path)
-
-    def field(key: str) -> Any:
-        if key not in reader.fields:
-            raise ValueError(f"{path.name} has no metadata {key!r}: expected the GGUF of a Llama")
-        return reader.fields[key].contents()
-
-    if (architecture := field("general.architecture")) != "llama":
-        raise ValueError(f"{path.name} holds a {architecture!r} model, expected 'llama'")
-    config = LlamaConfig(
-        vocab_size=len(field("tokenizer.ggml.tokens")),
-        hidden_size=field("llama.embedding_length"),
-        intermediate_size=field("llama.feed_forward_length"),
-        num_hidden_layers=field("llama.block_count"),
-        num_attention_heads=field("llama.attention.head_count"),
-        num_key_value_heads=field("llama.attention.head_count_kv"),
-        max_position_embeddings=min(context, field("llama.context_length")),
-        rope_theta=field("llama.rope.freq_base"),
-        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
-        bos_token_id=field("tokenizer.ggml.bos_token_id"),
-        eos_token_id=field("tokenizer.ggml.eos_token_id"),
-        tie_word_embeddings=True,
-    )
-    tokenizer = build_tokenizer(field)
-    # One tensor at a time, so that the whole model is in memory only once.
-    weights = ((t.name, gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors)
-    return FlaxLlama(config, _do_init=False), flax_params(weights, config), tokenizer
+    file = GgufFile(path, context=context)
+    return file.model, file.load(), file.tokenizer
 
 
 def _installed_gguf() -> Path:
@@ -176,15 +206,22 @@ def _installed_gguf() -> Path:
         ) from error
 
 
-def flax_params(weights: Iterable[tuple[str, np.ndarray]], config: LlamaConfig) -> dict[str, Any]:
+def _shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def flax_params(
+    weights: Iterable[tuple[str, np.ndarray]], config: LlamaConfig, made: Any = jnp.array
+) -> dict[str, Any]:
     """Names and lays out the weights of a GGUF file as the Flax class expects them.
 
     Args:
       weights: GGUF names and float32 arrays, matrices [out, in].
       config: the model's config.
+      made: makes a parameter of an array.
 
     Returns:
-      The nested parameters, kernels [in, out], with a placeholder for the tied ``lm_head/kernel``.
+      The nested parameters, kernels [in, out], without the tied ``lm_head/kernel``.
 
     Raises:
       ValueError: a tensor is missing, or there is one that the model has no place for.
@@ -203,12 +240,16 @@ def flax_params(weights: Iterable[tuple[str, np.ndarray]], config: LlamaConfig) 
         path = paths.pop(name)
         if path.endswith(("q_proj/kernel", "k_proj/kernel")):
             weight = _halves(weight, config.hidden_size // config.num_attention_heads)
-        flat[path] = jnp.array(weight.T if path.endswith("kernel") else weight)
+        flat[path] = made(weight.T if path.endswith("kernel") else weight)
     if paths:
         raise ValueError(f"{len(paths)} tensors are missing, among them {next(iter(paths))!r}")
-    table = flat[EMBEDDING]
-    flat[LM_HEAD] = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
     return unflatten_dict(flat, sep="/")
+
+
+def _with_placeholder(params: dict[str, Any]) -> dict[str, Any]:
+    table = params["model"]["embed_tokens"]["embedding"]
+    kernel = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
+    return params | {"lm_head": {"kernel": kernel}}
 
 
 def _halves(weight: np.ndarray, head: int) -> np.ndarray:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
-import signal
 import sys
 import time
-import zlib
+import warnings
 from typing import Any
 
 import corpus
@@ -21,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import program
 import smollm2
 from tqdm import tqdm
 
@@ -43,24 +42,21 @@ class Job:
     """What stays the same all through a run: options, model, text and compiled functions."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
+        self.args, self.folder = args, args.output / "checkpoints"
         # The most tokens that a row, or the prompt with its continuation, can have.
-        prompt = 64 * math.ceil((len(args.prompt.encode()) + args.new_tokens) / 64)
-        loaded = smollm2.load(args.model, context=max(args.length, prompt))
-        self.model, self.params, self.tokenizer = loaded
+        prompt = generation.window_length(len(args.prompt.encode()), args.new_tokens)
+        context = max(args.length, prompt)
+        # What is wrong with options and files is said before the weights are read.
+        with program.refusing(ValueError, OSError, ModuleNotFoundError):
+            file = smollm2.GgufFile(args.model, context=context)
+            self.model, self.tokenizer = file.model, file.tokenizer
+            self._check_lengths(file.context)
+            self._take_text()
+            self._take_targets(file.shapes)
+        self.params = file.load()
         self.count = sum(x.size for x in jax.tree.leaves(self.params) if isinstance(x, jax.Array))
         if args.quantize:
             self.params = tied_lora.quantize(self.params, args.quantize)
-        text = corpus.read_text(*args.text) if args.text else corpus.documentation_text()
-        tokens = generation.encode(self.tokenizer, text)
-        self.letters = len(text)
-        self.train_tokens, held_out = corpus.split(tokens, args.held_out)
-        rows = corpus.windows(held_out[: args.held_out_tokens + 1], args.length)
-        self.held_out = rows[: len(rows) // args.batch * args.batch]
-        if not len(self.held_out):
-            sys.exit(f"{len(held_out)} held-out tokens make no batch: raise --held-out")
-
-        self.apply_plain = generation.causal_lm(self.model)
         self.apply = tied_lora.adapt(self.apply_plain, on_dense="error")
         self.optimizer = optax.adamw(
             optax.warmup_cosine_decay_schedule(
@@ -70,10 +66,49 @@ class Job:
         )  # fmt: skip
         self.loss = jax.jit(self.loss_fn)
         self.train_step = tied_lora.train.step(self.loss_fn, self.optimizer)
-        # What a checkpoint must have been made with to be gone on from.
-        names = "quantize rank alpha dropout targets steps batch length learning_rate warmup seed"
-        self.settings = {name: getattr(args, name) for name in [*names.split(), "prompt"]}
-        self.settings |= {"new_tokens": args.new_tokens, "text": zlib.crc32(tokens.tobytes())}
+
+    def _check_lengths(self, most: int) -> None:
+        args = self.args
+        prompt = len(generation.encode(self.tokenizer, args.prompt))
+        for what, length in {
+            "--length": args.length,
+            "--prompt with --new-tokens": generation.window_length(prompt, args.new_tokens),
+        }.items():
+            if length > most:
+                raise ValueError(f"{what} takes {length} tokens, and the model {most}: lower it")
+
+    def _take_text(self) -> None:
+        args = self.args
+        text = corpus.read_text(*args.text) if args.text else corpus.documentation_text()
+        tokens = generation.encode(self.tokenizer, text)
+        self.letters = len(text)
+        self.train_tokens, held_out = corpus.split(tokens, args.held_out)
+        corpus.batches(self.train_tokens, args.batch, args.length, args.seed)
+        held_out = held_out[: args.held_out_tokens + 1]
+        rows = corpus.windows(held_out, args.length)
+        self.held_out = rows[: len(rows) // args.batch * args.batch]
+        if not len(self.held_out):
+            raise ValueError(
+                f"{len(held_out)} held-out tokens make no batch: raise --held-out and "
+                "--held-out-tokens, or give more text"
+            )
+
+    def _take_targets(self, shapes: Any) -> None:
+        """Finds out on shapes alone what is adapted."""
+        args = self.args
+        self.config = tied_lora.LoraConfig(
+            r=args.rank, lora_alpha=args.alpha, lora_dropout=args.dropout,
+            target_modules=args.targets,
+        )  # fmt: skip
+        self.apply_plain = generation.causal_lm(self.model)
+        rows = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
+        self.sites = tied_lora.trace(self.apply_plain, shapes, rows)
+        with warnings.catch_warnings(action="ignore"):  # they come again, with the weights
+            self.wrap(shapes)
+
+    def wrap(self, params: Any) -> tied_lora.Adapted:
+        rng = jax.random.key(self.args.seed)
+        return tied_lora.wrap(params, self.config, sites=self.sites, ties=smollm2.TIES, rng=rng)
 
     def loss_fn(self, adapted: tied_lora.Adapted, rows: jax.Array) -> jax.Array:
         logits = self.apply(adapted, rows[:, :-1])
@@ -109,70 +144,60 @@ class Job:
         )
 
     def checkpoints(self) -> checkpoint.Manager:
-        return checkpoint.Manager(self.args.output / "checkpoints", max_to_keep=2)
+        return checkpoint.Manager(self.folder, max_to_keep=2)
 
     def restored(self) -> State | None:
         """Returns the state of the last checkpoint, or None where there is none yet."""
-        with self.checkpoints() as manager:
+        with program.refusing(checkpoint.CheckpointError), self.checkpoints() as manager:
             if manager.latest_step() is None:
                 return None
             last = manager.restore(self.params, opt_state=self.optimizer)
         notes = json.loads(last.extra["notes"].tobytes())
-        for name, made_with in notes["settings"].items():
-            if (now := self.settings[name]) != made_with:
-                option = f"--{name.replace('_', '-')}" if name != "text" else "a text of checksum"
-                sys.exit(
-                    f"The checkpoint in {self.args.output} was made with {option} {made_with}, and "
-                    f"now {option} {now}: begin anew with --fresh, or elsewhere with --output."
-                )
         return State(last.adapted, last.opt_state, last.step, notes["losses"], notes["before"])
 
-    def save(self, manager: checkpoint.Manager, state: State) -> None:
-        notes = {"settings": self.settings, "losses": state.losses, "before": state.before}
+    def save(self, manager: checkpoint.Manager, state: State, rows: jax.Array) -> None:
+        """Saves what can be gone on from: a state whose own loss is a number."""
+        loss = float(self.loss(state.adapted, rows))
+        program.check_loss(loss, state.step, manager, self.folder)
+        notes = {"losses": state.losses, "before": state.before}
         extra = {"notes": np.frombuffer(json.dumps(notes).encode(), np.uint8)}
         manager.save(state.step, state.adapted, opt_state=state.opt_state, extra=extra)
 
 
-class StopRequest:
-    """Makes of the first Ctrl-C a wish to stop after this step; the second stops at once."""
+def train(job: Job, state: State, until: int, go_on: str) -> bool:
+    """Trains up to a step, saving on the way; returns whether it is to go on after it.
 
-    def __enter__(self) -> StopRequest:
-        self.made = False
-        self.usual = signal.signal(signal.SIGINT, self.handle)
-        return self
-
-    def handle(self, number: int, frame: Any) -> None:
-        self.made = True
-        signal.signal(signal.SIGINT, self.usual)
-
-    def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self.usual)
-
-
-def train(job: Job, state: State, until: int) -> bool:
-    """Trains up to a step, saving on the way; returns whether it got there."""
+    Raises:
+      FailedError: the loss is no number any more, or a checkpoint cannot be written.
+    """
     args = job.args
     batches = corpus.batches(job.train_tokens, args.batch, args.length, args.seed, state.step)
-    print("Compiling the training step.", flush=True)
     bar = tqdm(
         total=args.steps, initial=state.step, disable=None, file=sys.stdout,
         bar_format="{percentage:3.0f}% |{bar}| step {n} of {total}, {remaining} left{postfix}",
     )  # fmt: skip
-    with StopRequest() as stop, job.checkpoints() as manager, bar:
+    with (
+        program.StopRequest(go_on) as stop,
+        program.failing(checkpoint.CheckpointError, job.folder),
+        job.checkpoints() as manager,
+        bar,
+    ):
+        print("Compiling the training step.", flush=True)
         for rows in map(jnp.asarray, batches):
             started = time.perf_counter()
             job.take_step(state, rows)
+            program.check_loss(state.losses[-1], state.step, manager, job.folder)
             rate = args.batch * args.length / (time.perf_counter() - started)
             line = f"loss {np.mean(state.losses[-10:]):.2f}, {rate:.0f} tokens/s"
             bar.set_postfix_str(line, refresh=False)
             bar.update()
-            done = state.step == until
-            if bar.disable and (done or state.step % max(args.steps // 10, 1) == 0):
+            last = stop.made or state.step == until
+            if bar.disable and (last or state.step % max(args.steps // 10, 1) == 0):
                 print(f"step {state.step:4} of {args.steps}: {line}", flush=True)
-            if done or stop.made or state.step % args.save_every == 0:
-                job.save(manager, state)
-            if done or stop.made:
+            if last or state.step % args.save_every == 0:
+                job.save(manager, state, rows)
+            if last:
                 break
-    if not done:
+    if stop.made:
         print(f"Stopped, and saved step {state.step}.")
-    return done
+    return not stop.made

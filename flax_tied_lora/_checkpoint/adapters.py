@@ -48,7 +48,8 @@ def save(
         the data; or None.
 
     Raises:
-      CheckpointError: something exists at ``path``, or a leaf cannot be stored.
+      CheckpointError: something exists at ``path``, another save to it is running, or a leaf cannot
+        be stored.
 
     Example::
 

@@ -33,7 +33,8 @@ def save_params(path: str | os.PathLike[str], params: Any, *, ties: Ties | Plan 
         that are the same array; a transposed one has to be declared.
 
     Raises:
-      CheckpointError: something exists at ``path``, or a leaf cannot be stored.
+      CheckpointError: something exists at ``path``, another save to it is running, or a leaf cannot
+        be stored.
       ValueError: a declared tie does not fit.
 
     Example::

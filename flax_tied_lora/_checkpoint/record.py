@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -13,9 +15,11 @@ from etils import epath
 
 from flax_tied_lora._checkpoint.errors import CheckpointError, explained
 from flax_tied_lora._checkpoint.items import encode
-from flax_tied_lora._checkpoint.leftovers import Leftovers
+from flax_tied_lora._checkpoint.leftovers import Leftovers, is_local
 from flax_tied_lora._checkpoint.record_checks import ITEMS, check_record
 from flax_tied_lora._config.json_fields import COUNT
+from flax_tied_lora._tree.lock import locked
+from flax_tied_lora._tree.processes import in_one_process
 
 FORMAT = 1
 _RECORD = "tied_lora"
@@ -49,8 +53,35 @@ def write(path: Any, args: ocp.args.Composite) -> None:
     """Writes a checkpoint, which has its name only when all of it is written.
 
     What an earlier save under this name has left is removed, and what this one leaves if it fails.
+
+    Raises:
+      CheckpointError: there is something of this name, another save under it is running, or writing
+        fails.
     """
     path = absolute(path)
+    with _one_save(path):
+        _write(path, args)
+
+
+@contextlib.contextmanager
+def _one_save(path: epath.Path) -> Iterator[None]:
+    """Keeps other saves under this name out: each would remove what the other has written."""
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            with explained("save: cannot write", path):
+                if not path.parent.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                lock = Path(path.parent / f".{path.name}.lock")
+                stack.enter_context(locked(lock, Path(path), CheckpointError))
+
+        if is_local(path):
+            text = f"save: cannot write {path}: the error of process 0 says why"
+            in_one_process(enter, lambda: CheckpointError(text))
+        yield
+
+
+def _write(path: epath.Path, args: ocp.args.Composite) -> None:
     if path.exists():
         raise CheckpointError(
             f"save: {path} exists already; name another directory, delete this one, or use a "

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import corpus
+import numpy as np
+import pytest
 
 TOKENS = np.arange(1000, dtype=np.int32)
 

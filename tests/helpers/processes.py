@@ -27,20 +27,14 @@ def run(
       devices: of each process.
       check: whether each has to end well.
     """
-    # Compiled as here: the same seed gives the same params, to the last bit.
-    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags),
-        "JAX_NUM_CPU_DEVICES": str(devices), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
     where = ["--coordinator", f"localhost:{free_port()}", "--processes", str(processes)]
     running: list[subprocess.Popen[str]] = []
     with contextlib.ExitStack() as stack:
         for i in range(processes):
             several = [*where, "--process", str(i)] if processes > 1 else []
             process = subprocess.Popen(
-                [sys.executable, str(program), *arguments, *several], env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                [sys.executable, str(program), *arguments, *several], env=environment(devices),
+                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
             stack.callback(end, process)
             running.append(process)
@@ -48,6 +42,15 @@ def run(
     for process, (_, errors) in zip(running, printed, strict=True):
         assert process.returncode == 0 or not check, errors[-5000:]
     return [output + ("" if check else errors) for output, errors in printed]
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Returns the environment of a process: compiled as here, the same seed gives the same bits."""
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+    return {
+        **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags),
+        "JAX_NUM_CPU_DEVICES": str(devices), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -26,8 +26,8 @@ from typing import IO, Any
 
 from flax_tied_lora._peft.files.errors import AdapterFileError, operating_system, shown
 from flax_tied_lora._peft.files.exchange import exchange
-from flax_tied_lora._peft.files.lock import held, locked
 from flax_tied_lora._peft.files.strict_json import read_object
+from flax_tied_lora._tree.lock import held, locked
 
 _NOTE = ".moves.json"
 _OLD = ".replaced"
@@ -189,7 +189,10 @@ def settle(directory: Path) -> bool:
         lock = staging.parent / _hidden(directory, "lock")
         if held(lock):
             return True
-        with contextlib.suppress(OSError, AdapterFileError), locked(lock, directory):
+        with (
+            contextlib.suppress(OSError, AdapterFileError),
+            locked(lock, directory, AdapterFileError),
+        ):
             _settle(directory, staging)
     return False
 
@@ -261,7 +264,7 @@ def _locked(place: Path, directory: Path) -> Iterator[None]:
     path = place / _hidden(directory, "lock")
     with contextlib.ExitStack() as stack:
         with operating_system(path, "make the file"):
-            stack.enter_context(locked(path, directory))
+            stack.enter_context(locked(path, directory, AdapterFileError))
         yield
 
 

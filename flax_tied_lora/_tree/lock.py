@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flax_tied_lora._peft.files.errors import AdapterFileError
-
 try:
     import fcntl
 except ImportError:  # Windows: saves are not kept apart there
@@ -33,18 +31,19 @@ def held(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path, directory: Path) -> Iterator[None]:
+def locked(path: Path, directory: Path, error: type[Exception]) -> Iterator[None]:
     """Holds the lock of a directory, which is a file that is gone when nobody saves.
 
     Args:
       path: of the lock.
       directory: what is saved into, for the error.
+      error: its type.
 
     Raises:
-      AdapterFileError: another save holds it. One whose process has died does not.
+      Exception: of the type ``error``: another save holds it. One whose process has died does not.
       OSError: the file cannot be made.
     """
-    handle = _acquired(path, directory)
+    handle = _acquired(path, directory, error)
     try:
         yield
     finally:
@@ -55,7 +54,7 @@ def locked(path: Path, directory: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _acquired(path: Path, directory: Path) -> int:
+def _acquired(path: Path, directory: Path, error: type[Exception]) -> int:
     until = time.monotonic() + _PATIENCE
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -66,7 +65,7 @@ def _acquired(path: Path, directory: Path) -> int:
                     os.pwrite(handle, json.dumps(_myself()).encode(), 0)
                     return handle
             elif time.monotonic() > until:
-                raise AdapterFileError(_running(handle, directory))
+                raise error(_running(handle, directory))
         except BaseException:
             os.close(handle)
             raise
