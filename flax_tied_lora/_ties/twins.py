@@ -27,7 +27,9 @@ def twin_of(leaves: Mapping[str, Any], key: str, tied: Collection[str], table: b
       table: whether it is known to be a table.
     """
     mine = _values(leaves[key])
-    for path, leaf in leaves.items() if mine is not None else ():
+    if mine is None:
+        return None
+    for path, leaf in leaves.items():
         if path in tied or not (table or is_table(path)):
             continue
         other = _values(leaf)

@@ -87,7 +87,7 @@ BAD: dict[str, tuple[Any, ...]] = {
         "'lm_head/kernel' is not 'model/embed_tokens/embedding', which the names tie it to",
     ),
     "adapters on one of two": (
-        lambda: llama(tied_llama(), "auto"), names_of(LLAMA), LLAMA, {}, ValueError,
+        lambda: llama(tied_llama(), []), names_of(LLAMA), LLAMA, {}, ValueError,
         r"tie them, wrap\(\.\.\., ties=\[\('model/embed_tokens/embedding', 'lm_head/kernel'\)\]\)",
     ),
     "separate": (separate, names_of(LLAMA), LLAMA, {}, ValueError, "say where the second copy"),
