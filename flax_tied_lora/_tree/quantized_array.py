@@ -162,6 +162,8 @@ def dequantized(values: Array, scales: Array, qtype: str, axis: int) -> Array:
     def make(values: Array, scales: Array) -> Array:
         if qtype in FOUR_BITS:
             values = _unpacked(values, axis, scales.shape[axis], qtype)
+        if not values.size:  # none is a multiple of no scale, to qwix
+            return jnp.zeros(values.shape, scales.dtype)
         return qwix().dequantize(qwix().QArray(values, scales, None, qtype))
 
     sharding = explicit(jax.typeof(values))

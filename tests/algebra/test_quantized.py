@@ -12,6 +12,7 @@ import pytest
 import flax_tied_lora as tied_lora
 from flax_tied_lora import QuantizedArray
 from flax_tied_lora._algebra import quantized_product as _quantized_product
+from tests.helpers import oracle
 from tests.helpers.oracle import array, check, labelled, numbers, perturbed
 from tests.helpers.quantized_model import (
     MATRICES,
@@ -138,6 +139,22 @@ def test_reads_of_a_kernel(qtype, name):
     adapted = adapted.replace(params={"dense": {"kernel": leaf}})
     ids = numbers(5, below=24)
     check(lambda p, x: READS[name](p["dense"]["kernel"], x, ids), adapted, array(3, 32))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_of_no_entries(seed, axis):
+    """As a roll by no step makes; of each qtype, cut along the blocks and across them."""
+    adapted = oracle.wrapped(
+        {"dense": {"kernel": array(8, 6, seed=1)}}, ["dense"], kind="quantized", seed=seed
+    )
+
+    def fn(params, x):
+        w = params["dense"]["kernel"]
+        none = w[:0] if axis == 0 else w[:, :0]
+        return none, x @ jnp.roll(w, 0, axis), jnp.concatenate([none, w], axis)
+
+    check(fn, adapted, array(3, 8, seed=2), on_dense="allow")
 
 
 def test_stacked_layers_are_dequantised_step_by_step():
