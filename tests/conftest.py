@@ -35,8 +35,13 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+
+def set_promotion(dtypes: str, ranks: str) -> None:
+    jax.config.update("jax_numpy_dtype_promotion", dtypes)
+    jax.config.update("jax_numpy_rank_promotion", ranks)
+
+
+set_promotion("strict", "raise")
 
 # How many examples is each test's own business. print_blob: a failure can be run again as printed.
 quiet = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
@@ -75,6 +80,14 @@ def standard_promotion() -> Iterator[None]:
     """Gives one test JAX's usual promotion."""
     with jax_usual_promotion():
         yield
+
+
+@pytest.fixture
+def promotion_in_threads() -> Iterator[None]:
+    """Gives one test JAX's usual promotion in threads that it starts, too."""
+    set_promotion("standard", "allow")
+    yield
+    set_promotion("strict", "raise")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypedDict, Unpack
 import jax
 from typing_extensions import TypeVar
 
+from flax_tied_lora._adapters.not_params import NotParams
 from flax_tied_lora._algebra.factor import pytree
 from flax_tied_lora._planning.plan import LORA, GroupPlan, Plan
 from flax_tied_lora._planning.plan_checks import COLLECTIONS
@@ -20,11 +21,6 @@ from flax_tied_lora._tree.table import folded, table
 
 _SCALING = "lora_scaling"
 _PARAMS = "params"
-
-_NO_PARAMS = (
-    "it takes the place of params where a function went through adapt, "
-    'tied_lora.adapt(model.apply)({"params": adapted}, ...); adapted.params are the frozen params'
-)
 
 # What holds the params: a dict, a FrozenDict, an `nnx.State`, any pytree with key paths.
 Params = TypeVar("Params", default=Any)
@@ -44,7 +40,7 @@ class Fields(TypedDict, total=False):
 
 
 @pytree("plan")
-class Adapted(Generic[Params]):
+class Adapted(NotParams, Generic[Params]):
     """Params with adapters: a pytree that takes the place of params wherever `adapt` is used.
 
     Attributes:
@@ -125,20 +121,6 @@ class Adapted(Generic[Params]):
             [a.key for _, a in plan.adapters(LORA)],
         )
         return cls(variables[_PARAMS], adapters, variables[_SCALING], None, plan)
-
-    def __getitem__(self, key: Any) -> Any:
-        raise TypeError(f"Adapted[{key!r}]: {_NO_PARAMS}")
-
-    def __contains__(self, key: Any) -> bool:
-        # Flax's TrainState.create asks it, to make a state of the optimizer for all of it.
-        raise TypeError(
-            f"{key!r} in an Adapted: {_NO_PARAMS}. Of a TrainState, params=adapted.adapters are "
-            "what is trained; in a step, adapted.replace(adapters=state.params)"
-        )
-
-    def __bool__(self) -> bool:
-        # transformers' Flax models do: ``params or self.params``.
-        raise TypeError(f"bool(Adapted): {_NO_PARAMS}, and AdaptedModel(model, adapted)")
 
     def __repr__(self) -> str:
         return f"Adapted({len(self.plan.adapted)} groups adapted, rank {self.plan.config.r})"

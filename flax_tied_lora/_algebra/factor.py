@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from flax_tied_lora._tree.open_sizes import supposed
 from flax_tied_lora._tree.sharding import placed_as, split
 
 RANK = "rank"
@@ -248,8 +248,7 @@ def times_chain(x: Factor, first: Factor, second: Factor, keep: Sequence[Axis]) 
         sizes = {a: n for f in (x, one, other) for a, n in zip(f.axes, f.array.shape, strict=True)}
         inner = {*x.axes, *one.axes}
         left = {a for a in inner if a in keep or a in other.axes or a == RANK}
-        return math.prod(sizes[a] for a in inner) + math.prod(
-            sizes[a] for a in left | set(other.axes)
-        )
+        made = supposed(*(sizes[a] for a in inner))
+        return made + supposed(*(sizes[a] for a in left | set(other.axes)))
 
     return flops(first, second) <= flops(second, first)

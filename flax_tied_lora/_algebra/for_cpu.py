@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from flax_tied_lora._tree.open_sizes import is_open, numbers
 from flax_tied_lora._tree.sharding import single
 
 # A product of so few tokens is small. A larger one is added in so many parts at least, or in so
@@ -52,12 +53,12 @@ def added_by_parts(base: Array, hidden: Array, columns: Array, precision: Any) -
     be made. A loop adds a part at a time, in place.
 
     Args:
-      base: [tokens..., columns...].
+      base: [tokens..., columns...], with an axis of tokens whose size is a number.
       hidden: [tokens..., rank].
       columns: [rank, columns...].
     """
     *tokens, rank = hidden.shape
-    length = max(tokens)
+    length = max(numbers(tokens))
     axis = max(i for i, n in enumerate(tokens) if n == length)
     least = max(PARTS, length // ALONG)
     parts = next(n for n in range(least, length + 1) if length % n == 0)
@@ -96,8 +97,10 @@ def by_rows(function: Callable[..., Array], array: Array, *beside: Array) -> Arr
     it where the array is a loop's; a loop over a few rows at a time does.
     """
     rows = array.shape[0]
+    if is_open(rows) or not single(array):
+        return function(array, *beside)
     size = next((n for n in range(min(rows, ROWS), 0, -1) if rows % n == 0), rows)
-    if size == rows or not single(array):
+    if size == rows:
         return function(array, *beside)
 
     def in_place(array: Array, *beside: Array) -> Array:

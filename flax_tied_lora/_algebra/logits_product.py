@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jax import Array, lax
 from flax_tied_lora._algebra.factor import RANK, Factor
 from flax_tied_lora._algebra.for_cpu import FEW, added_by_parts, rank_first, tokens_joined
 from flax_tied_lora._algebra.product import Product, columns
+from flax_tied_lora._tree.open_sizes import numbers, supposed
 from flax_tied_lora._tree.sharding import single, split
 
 # A projection is wide from so many columns for each row on. Vocabularies are 40 to 170 times a
@@ -29,7 +29,7 @@ RANK_ONE, MANY = 16, 1024
 
 def is_wide(second: Factor, rows: int) -> bool:
     """Returns whether a factor has many more columns than the weight that it is of has rows."""
-    return math.prod(map(second.size, columns(second))) >= WIDE * rows
+    return supposed(*map(second.size, columns(second))) >= WIDE * rows
 
 
 def fits(product: Product, hidden: Factor, second: Factor, rows: int) -> bool:
@@ -58,7 +58,7 @@ def added(product: Product, base: Array, hidden: Factor, second: Factor) -> Arra
     tokens it would choose the logits.
     """
     rank = hidden.size(RANK)
-    few = rank <= RANK_ONE and hidden.array.size >= MANY * rank
+    few = rank <= RANK_ONE and supposed(*hidden.array.shape) >= MANY * rank
     default = rank_one if few else product_added
     cpu = by_parts if is_flat(product, hidden, second) and single(base) else product_added
     cpu, default = functools.partial(cpu, product), functools.partial(default, product)
@@ -104,7 +104,7 @@ def by_hidden(product: Product, hidden: Factor, second: Factor) -> Array:
 def by_second(product: Product, hidden: Factor, second: Factor) -> Array:
     """Returns ``hidden . second``, whose transpose by ``second`` is a product fast on the CPU."""
     *tokens, _ = hidden.array.shape
-    if not is_flat(product, hidden, second) or math.prod(tokens) < FEW:
+    if not is_flat(product, hidden, second) or supposed(*tokens) < FEW:
         return product.array(hidden, second)
 
     def ranks_first(hidden: Factor, second: Factor) -> Array:
@@ -138,7 +138,7 @@ def rank_one(product: Product, base: Array, hidden: Factor, second: Factor) -> A
 def by_parts(product: Product, base: Array, hidden: Factor, second: Factor) -> Array:
     """Returns the sum by products of a part of the tokens each, in place."""
     *tokens, _ = hidden.array.shape
-    if max(tokens, default=1) < FEW:
+    if max(numbers(tokens), default=1) < FEW:
         return product_added(product, base, hidden, second)
     cols = rank_first(second.array, second.axes.index(RANK))
     return added_by_parts(base, hidden.array, cols, product.precision)

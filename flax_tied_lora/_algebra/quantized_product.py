@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from flax_tied_lora._algebra.factor import Axis, Factor, NotServedError, contract
 from flax_tied_lora._algebra.for_cpu import waited_for
 from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._algebra.quantized import Quantized
+from flax_tied_lora._tree.open_sizes import is_open
 from flax_tied_lora._tree.sharding import automatic, explicit
 
 # A matrix is dequantised in 64 chunks, or fewer of this many entries (2 MiB of float32): a small
@@ -121,9 +121,12 @@ def _by_chunks(
 def _pieces(term: Quantized) -> tuple[Axis, list[tuple[int, int, int]]] | None:
     """Returns an axis, and ``(start, size, count)`` of runs of chunks along it; None for whole.
 
-    The axis is the longest that the blocks do not lie along.
+    The axis is the longest that the blocks do not lie along. Of an open size there are no chunks.
     """
-    total = math.prod(map(term.size, term.values.axes))
+    sizes = [term.size(a) for a in term.values.axes]
+    if any(map(is_open, sizes)):
+        return None
+    total = math.prod(sizes)
     free = [a for a in term.values.axes if a != term.axis]
     chunk = max(CHUNK, total // CHUNKS)
     if total <= chunk or not free:
@@ -183,14 +186,7 @@ def _backward(placed: _Placed, kept: Any, gradient: Array) -> Any:
     term, like = kept
     gradient = lax.convert_element_type(gradient, like.dtype)
     out: Any = _product(placed.transposed(), gradient, term)
-    none = jax.tree.map(_no_gradient, term)
-    return lax.convert_element_type(out, like.dtype), none
-
-
-def _no_gradient(array: Array) -> Any:
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        return jnp.zeros_like(array)
-    return np.zeros(array.shape, jax.dtypes.float0)
+    return lax.convert_element_type(out, like.dtype), None  # the weight has no gradient
 
 
 _product.defvjp(_forward, _backward)

@@ -21,6 +21,7 @@ from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._ties.groups import Member
 from flax_tied_lora._tree.boxes import in_place, is_box
+from flax_tied_lora._tree.foreign import refuse_models
 from flax_tied_lora._tree.keys import key_number
 from flax_tied_lora._tree.paths import describe, flatten, is_marker, is_tracer
 from flax_tied_lora._tree.quantized_array import plain_array
@@ -78,8 +79,8 @@ def extract(
       adapted, errors = arithmetic.extract(params, tuned, config)
     """
     _check_config(config)
-    adapted = wrap(base_params, config, sites=sites, ties=ties)
     base, tuned = _leaves("base_params", base_params), _leaves("tuned_params", tuned_params)
+    adapted = wrap(base_params, config, sites=sites, ties=ties)
     _check_leaves(base, tuned)
     adapters = {kind: dict(by_key) for kind, by_key in adapted.adapters.items()}
     left, errors, seen = {}, {}, set()
@@ -133,6 +134,7 @@ def _check_config(config: Any) -> None:
 def _leaves(name: str, params: Any) -> dict[str, Any]:
     if isinstance(params, Adapted):
         raise TypeError(f"extract: {name} is an Adapted; expected params, as merge returns them")
+    refuse_models("extract", params)
     leaves = flatten(params)[0]
     for path, leaf in leaves.items():
         if is_marker(leaf):

@@ -17,6 +17,7 @@ from flax_tied_lora._checkpoint.items import decode, refuse_tracers, template_of
 from flax_tied_lora._checkpoint.record import absolute, orbax_args, read_record, write
 from flax_tied_lora._checkpoint.refit import adapter_templates, fit
 from flax_tied_lora._planning.plan import LORA, Plan
+from flax_tied_lora._tree.foreign import refuse_models
 
 
 class Restored(NamedTuple, Generic[Params]):
@@ -90,6 +91,7 @@ def restore(
       CheckpointError: no checkpoint, a missing or damaged file, a newer format, another base, a
         plan that does not fit ``params``, the state of another optimizer. Nothing is changed.
     """
+    refuse_models("restore", params)
     path = absolute(path)
     record, items = read_record(path, "plan")
     with explained("restore: the plan cannot be read in", path):

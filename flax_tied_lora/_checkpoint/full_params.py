@@ -17,6 +17,7 @@ from flax_tied_lora._checkpoint.record import absolute, orbax_args, read_record,
 from flax_tied_lora._planning.plan import Plan
 from flax_tied_lora._ties.find import Ties, find_ties
 from flax_tied_lora._ties.groups import Member, TieGroup
+from flax_tied_lora._tree.foreign import refuse_models
 from flax_tied_lora._tree.paths import flatten, is_marker, path_name
 from flax_tied_lora._tree.quantized_array import FOUR_BITS, QTYPES, QuantizedArray, is_quantized
 
@@ -48,6 +49,7 @@ def save_params(path: str | os.PathLike[str], params: Any, *, ties: Ties | Plan 
             "the adapters in them, tied_lora.base(adapted) for those without, or the adapters "
             "alone with checkpoint.save"
         )
+    refuse_models("save_params", params, "; pass its state, nnx.state(module, nnx.Param)")
     if isinstance(ties, Plan):
         ties = [group.tie() for group in ties.groups]
     groups = [g for g in find_ties(params, ties) if len(g.members) > 1]
@@ -81,6 +83,7 @@ def restore_params(
       CheckpointError: no checkpoint, a missing or damaged file, a newer format, or a target that
         does not fit.
     """
+    refuse_models("restore_params", target)
     path = absolute(path)
     record, items = read_record(path, "ties")
     groups = [

@@ -225,7 +225,7 @@ class Context:
         )
         beyond = cost_beyond_plain(functools.partial(registry.apply, quiet, eqn), operands)
         inside = total(Cost(r.flops, r.bytes) for r in self.reads[before:])
-        flops, size = (max(b - i, 0) for b, i in zip(beyond, inside, strict=True))
+        flops, size = beyond.without(inside)
         self.reads[at] = dataclasses.replace(self.reads[at], flops=flops, bytes=size)
 
     def _forward(self, operation: str, role: Any, weight: Weight) -> Any:

@@ -12,6 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from flax_tied_lora._algebra.factor import accumulator
 from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._tree.open_sizes import is_open, supposed
 
 
 class Cost(NamedTuple):
@@ -24,6 +25,12 @@ class Cost(NamedTuple):
 
     flops: int = 0
     bytes: int = 0
+
+    def without(self, part: Cost) -> Cost:
+        """Returns what is left of it, none being less than nothing."""
+        return Cost(
+            *(n - m if is_open(n - m) else max(n - m, 0) for n, m in zip(self, part, strict=True))
+        )
 
 
 _COSTS: dict[str, Callable[[JaxprEqn], Cost]] = {}
@@ -77,10 +84,14 @@ def _of_equation(eqn: JaxprEqn) -> Cost:
     inner = [cost(jaxpr) for value in eqn.params.values() for jaxpr in _programs(value)]
     if eqn.primitive.name == "cond":
         # Branches for several platforms differ in form: the CPU's, as it is first.
-        return inner[0] if "branches_platforms" in eqn.params else max(inner)
+        return inner[0] if "branches_platforms" in eqn.params else max(inner, key=_size)
     if eqn.primitive.name in ("scan", "while"):
         return Cost(total(inner).flops * eqn.params.get("length", 1))
     return total(inner)
+
+
+def _size(of: Cost) -> tuple[int, ...]:
+    return tuple(map(supposed, of))
 
 
 def _programs(value: Any) -> Iterable[Jaxpr]:

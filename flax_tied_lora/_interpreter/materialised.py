@@ -12,6 +12,7 @@ import jax
 from flax_tied_lora._algebra.term import LowRank, Term
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.sites import DENSE, DEQUANTISED, Read
+from flax_tied_lora._tree.table import cell
 
 
 class DensifyWarning(UserWarning):
@@ -34,15 +35,15 @@ def densified(read: Read) -> str:
     if read.served == DEQUANTISED:
         return (
             f"adapt: {site.leaf!r}, which is stored quantised, {what}{where}, {QUANTIZED}; it was "
-            f"dequantised into one array of {read.bytes:,} bytes. Leave it out of what is "
+            f"dequantised into one array of {cell(read.bytes)} bytes. Leave it out of what is "
             "quantised (exclude_modules), write a rule (register_rule), or accept the cost with "
             'on_dense="allow"'
         )
     dropout = ", and dropout, which is on, does nothing here" if read.undropped else ""
     return (
         f"adapt: {site.leaf!r} {what}{where}, {reason_for(site.operation)}; the weight and its "
-        f"delta were materialised as one array of {read.bytes:,} bytes{dropout}. Take it out of "
-        'target_modules, write a rule (register_rule), or accept the cost with on_dense="allow"'
+        f"delta were materialised as one array of {cell(read.bytes)} bytes{dropout}. Take it out "
+        'of target_modules, write a rule (register_rule), or accept the cost with on_dense="allow"'
     )
 
 

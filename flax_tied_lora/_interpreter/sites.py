@@ -157,12 +157,17 @@ def with_batch(reads: Iterable[Read], ndims: Mapping[str, int]) -> tuple[Read, .
     """Returns the reads with their sites' batch axes complete.
 
     What a leaf is multiplied or looked up along is rows and columns; the axes left over were
-    walked before that, by a scan or an index.
+    walked before that, by a scan or an index. Where entries are picked one by one, no axis is
+    kept, and nothing is said of any.
     """
     result = []
     for read in reads:
         site = read.site
-        if site.role != OTHER and site.leaf in ndims:
+        if site.role == LOOKUP and not site.cols:
+            read = dataclasses.replace(
+                read, site=dataclasses.replace(site, role=OTHER, rows=(), batch=())
+            )
+        elif site.role != OTHER and site.leaf in ndims:
             batch = tuple(a for a in range(ndims[site.leaf]) if a not in (*site.rows, *site.cols))
             read = dataclasses.replace(read, site=dataclasses.replace(site, batch=batch))
         result.append(read)

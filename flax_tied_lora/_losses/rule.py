@@ -17,6 +17,7 @@ from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._losses.loss import Loss
 from flax_tied_lora._losses.primitive import NAME, bind, computed, linear_cross_entropy_p
+from flax_tied_lora._tree.open_sizes import supposed
 
 
 @rule(NAME)
@@ -65,7 +66,8 @@ def _has_to_be_dense(context: Any, loss: Loss, hidden: Any, table: Weight) -> bo
 def _chunk(loss: Loss, hidden: Any) -> jax.ShapeDtypeStruct:
     """Returns shape and dtype of a chunk of hidden states."""
     tokens, width = hidden.shape[-2:]
-    return jax.ShapeDtypeStruct((min(loss.lanes * loss.chunk, tokens), width), hidden.dtype)
+    size = min(loss.lanes * loss.chunk, supposed(tokens))
+    return jax.ShapeDtypeStruct((size, width), hidden.dtype)
 
 
 @cost_of(NAME)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from flax_tied_lora._algebra.for_cpu import ROWS
+from flax_tied_lora._tree.open_sizes import is_open, supposed
 from flax_tied_lora._tree.sharding import automatic_shard_count, explicit, shard_count
 
 # Tokens of a chunk: a sixteenth of all, within these bounds in each lane. Fewer than 128 leave
@@ -26,22 +27,23 @@ def lanes_of(hidden: Array) -> int:
     """Returns in how many lanes tokens are taken: runs of them that devices may split among them.
 
     On Explicit mesh axes as many as tokens are split into. On Auto ones that is not known: as many
-    as there are devices, or as the first axis can be split into of them.
+    as there are devices, or as the first axis can be split into of them; one, if its size is open.
 
     Args:
       hidden: [..., width].
     """
     aval = jax.typeof(hidden)
-    if hidden.ndim < 2 or not hidden.size:
+    if hidden.ndim < 2 or 0 in hidden.shape:
         return 1
     if (sharding := explicit(aval)) is not None:
         return shard_count(sharding.mesh, sharding.spec[0])
-    return math.gcd(automatic_shard_count(hidden), hidden.shape[0])
+    first = hidden.shape[0]
+    return 1 if is_open(first) else math.gcd(automatic_shard_count(hidden), first)
 
 
-def chunk_of(tokens: int, lanes: int) -> int:
-    """Returns how many tokens of each lane have logits at the same time."""
-    return min(max(-(-tokens // (SHARE * lanes)), LEAST), MOST)
+def chunk_of(tokens: Any, lanes: int) -> int:
+    """Returns how many tokens of each lane have logits at a time. Their number may be open."""
+    return min(max(-(-supposed(tokens) // (SHARE * lanes)), LEAST), MOST)
 
 
 def by_chunks(
@@ -61,10 +63,7 @@ def by_chunks(
     """
     tokens, lanes = data[0].shape[0], loss.lanes
     length = tokens // lanes
-    count = max(1, math.ceil(length / loss.chunk))
-    size = math.ceil(length / count)
-    if size % ROWS and (whole := size + ROWS - size % ROWS) <= loss.chunk:
-        size = whole  # a number that can be split further
+    count, size = _even(length, loss.chunk)
     if lanes == 1 and count == 1:
         if start is None:
             return step(0, *data)
@@ -104,6 +103,17 @@ def by_chunks(
     if start is None:
         return joined
     return joined, [jnp.sum(x, axis=0) for x in ends] if lead else ends
+
+
+def _even(length: Any, most: int) -> tuple[Any, int]:
+    """Returns how many chunks of one size, and which, have so many tokens or a few more."""
+    if is_open(length):
+        return -(-length // most), most
+    count = max(1, -(-length // most))
+    size = -(-length // count)
+    if size % ROWS and (whole := size + ROWS - size % ROWS) <= most:
+        size = whole  # a number that can be split further
+    return count, size
 
 
 def _on_lanes(x: Array, tokens: Array) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 
 from flax_tied_lora._names.layout import TorchWeight, from_torch_arrays, to_torch_array, torch_view
 from flax_tied_lora._names.mapping import Names
+from flax_tied_lora._tree.foreign import refuse_models
 from flax_tied_lora._tree.paths import describe, flatten, is_marker
 from flax_tied_lora._tree.processes import refuse_spread
 from flax_tied_lora._tree.quantized_array import plain_array
@@ -41,7 +42,7 @@ def state_entries(params: Any, names: Names, *, duplicates: bool = False) -> lis
       ValueError: two leaves have one name, leaves that the config ties are not equal, or other
         processes hold parts of one.
     """
-    leaves, _ = _arrays(params)
+    leaves, _ = _arrays("to_state_dict", params)
     for path, leaf in leaves.items():
         refuse_spread("to_state_dict", path, leaf)
     entries: dict[str, Entry] = {}
@@ -100,7 +101,7 @@ def from_state_dict(
       ValueError: a tensor is missing, left over, of another shape, or differs from one that the
         config ties it to.
     """
-    leaves, treedef = _arrays(params)
+    leaves, treedef = _arrays("from_state_dict", params)
     weights = {path: names.to_torch(path, leaf.shape) for path, leaf in leaves.items()}
     wanted = {w.name for group in weights.values() for w in group}
     tied = [(first, *others) for first, others in _tied_names(names, wanted)]
@@ -117,8 +118,9 @@ def from_state_dict(
     return treedef.unflatten(values)
 
 
-def _arrays(params: Any) -> tuple[dict[str, Any], Any]:
+def _arrays(what: str, params: Any) -> tuple[dict[str, Any], Any]:
     """Returns ``{path: leaf}`` of params, all of them arrays, and their structure."""
+    refuse_models(what, params)
     leaves, treedef = flatten(params)
     for path, leaf in leaves.items():
         if is_marker(leaf):

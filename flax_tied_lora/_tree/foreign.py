@@ -10,17 +10,20 @@ import jax
 from flax_tied_lora._tree.paths import path_name
 
 
-def refuse_models(what: str, params: Any, of_module: str) -> None:
+def refuse_models(what: str, params: Any, of_module: str | None = None) -> None:
     """Refuses a model where its params belong, which would be a pytree without a leaf of use.
 
     Args:
-      of_module: what to do with an `nnx.Module`: how the error ends, from its comma on.
+      of_module: what to do with an `nnx.Module`: how the error ends, from its comma on; None
+        where one will do, being a pytree of its params.
 
     Raises:
       TypeError: it is one.
     """
     kind = type(params).__name__
     if isinstance(params, loaded_type("flax.nnx", "Module")):
+        if of_module is None:
+            return
         raise TypeError(f"{what}: expected params, got {kind}, an nnx.Module{of_module}")
     if not jax.tree_util.all_leaves([params]) or hasattr(params, "shape"):
         return

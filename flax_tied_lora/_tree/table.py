@@ -12,14 +12,15 @@ _LAYER = re.compile(r"(?<=[/_.])\d+(?=[/.]|$)")
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     """Returns left-aligned columns, a line a row."""
-    cells = [tuple(_cell(c) for c in row) for row in (header, *rows)]
+    cells = [tuple(cell(c) for c in row) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in cells]
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Returns a value as it is shown: numbers in groups of three digits."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "-"
     return f"{value:,}" if isinstance(value, int) else str(value) if value != "" else "-"

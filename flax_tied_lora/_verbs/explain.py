@@ -11,7 +11,7 @@ import jax
 from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._interpreter.sites import DENSE, DEQUANTISED, Read, numbered, with_batch
 from flax_tied_lora._planning.plan import GroupPlan
-from flax_tied_lora._tree.table import folded, table
+from flax_tied_lora._tree.table import cell, folded, table
 from flax_tied_lora._verbs.adapt import call, mark_of
 
 
@@ -87,7 +87,7 @@ class Explanation:
         dense = sum(r.served in (DENSE, DEQUANTISED) for r in self.reads)
         return (
             f"{table(header, folded(rows, sums=[4, 5]))}\n{len(self.reads)} call sites, {dense} "
-            f"densified; extra: {flops:,} FLOPs, {size:,} bytes"
+            f"densified; extra: {cell(flops)} FLOPs, {cell(size)} bytes"
         )
 
 

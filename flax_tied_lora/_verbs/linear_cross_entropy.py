@@ -19,6 +19,7 @@ from flax_tied_lora._losses.chunked import per_token
 from flax_tied_lora._losses.loss import Loss
 from flax_tied_lora._losses.primitive import bind
 from flax_tied_lora._losses.splitting import FEW_CHUNKS, chunk_of, lanes_of
+from flax_tied_lora._tree.open_sizes import supposed
 from flax_tied_lora._tree.quantized_array import QuantizedArray
 
 Reduction = Literal["mean", "sum", "none"]
@@ -62,7 +63,8 @@ def linear_cross_entropy(  # noqa: PLR0913 - options of a loss, all by keyword
       axis_name: inside a `jax.shard_map`, the mesh axis that the vocabulary is split over: table
         and bias are a device's part, labels are numbers of the whole vocabulary.
       chunk_size: tokens that have logits at the same time, on all devices together; by default a
-        sixteenth of all, from 128 to 1,024 for each device of a mesh.
+        sixteenth of all, from 128 to 1,024 for each device of a mesh; 128 where `jax.export`
+        leaves open how many there are.
       precision: of the products, as `jax.lax.dot_general` has it.
 
     Returns:
@@ -111,7 +113,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - options of a loss, all by keyword
         vocab_axis=vocab_axis,
         lanes=lanes,
         chunk=chunk,
-        sparing=chunk * lanes >= tokens / FEW_CHUNKS,
+        sparing=chunk * lanes >= supposed(tokens) / FEW_CHUNKS,
         table=structure,
         bias=bias is not None,
         ignore_index=int(ignore_index),

@@ -153,6 +153,7 @@ def dequantize(params: _Tree) -> _Tree:
     """
     if isinstance(params, Adapted):
         return dataclasses.replace(params, params=dequantize(params.params))
+    refuse_models("dequantize", params)
     leaves, treedef = flatten(params)
     return jax.tree.unflatten(treedef, list((leaves | dequantized_leaves(leaves)).values()))
 
@@ -166,5 +167,6 @@ def stored_bytes(params: Any) -> int:
       params: a pytree of arrays, or an `Adapted`, whose adapters do not count.
     """
     tree = params.params if isinstance(params, Adapted) else params
+    refuse_models("stored_bytes", tree)
     arrays = {id(x): x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")}
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays.values())

@@ -9,9 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax.training.train_state import TrainState
 from orbax.checkpoint import PLACEHOLDER
 
 import flax_tied_lora as tied_lora
@@ -139,18 +137,6 @@ def test_factors_of_another_shape_are_refused():
         adapters = {"lora": {"dense/kernel": {**pair, name: bad}}}
         with pytest.raises(ValueError, match=rf"Adapted.replace: {name} of 'dense/kernel' is flo"):
             adapted.replace(adapters=adapters)
-
-
-def test_where_params_belong_it_says_adapt():
-    params = {"up": {"kernel": jnp.ones((4, 4))}}
-    adapted = tied_lora.wrap(params, tied_lora.LoraConfig(r=2, target_modules=["up"]))
-    hint = r'tied_lora\.adapt\(model\.apply\)\(\{"params": adapted\}, \.\.\.\)'
-    with pytest.raises(TypeError, match=rf"Adapted\['up'\]: it takes .* {hint}"):
-        adapted["up"]
-    with pytest.raises(TypeError, match=rf"bool\(Adapted\): .*{hint}.*AdaptedModel\(model, adap"):
-        _ = adapted or params  # as transformers' Flax models: ``params or self.params``
-    with pytest.raises(TypeError, match=r"TrainState, params=adapted\.adapters are what"):
-        TrainState.create(apply_fn=None, params=adapted, tx=optax.sgd(0.1))
 
 
 def test_orbaxs_placeholders_stand_for_arrays():

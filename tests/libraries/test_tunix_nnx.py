@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,16 @@ import flax_tied_lora as tied_lora
 import flax_tied_lora.nnx
 from tests.libraries import comparing
 from tests.libraries.comparing import LENGTH, TOKENS, far, loss_of
-from tests.libraries.tunix_models import FAMILIES, LAYERS, build, peft_trainer, sampler
+from tests.libraries.tunix_models import (
+    FAMILIES,
+    LAYERS,
+    base_rollout,
+    build,
+    grpo_learner,
+    peft_trainer,
+    rl_cluster,
+    sampler,
+)
 
 # tunix 0.1.7 reads `Variable.value`, which Flax 0.12 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -165,7 +175,44 @@ def test_sampled_by_tunix(name):
     assert found != sampled(tied_lora.nnx.base(adapted))
 
 
-def test_actor_and_reference_share_their_backbone():
-    """As tunix's `RLCluster` asks it of them (GRPO, PPO)."""
+def test_trained_by_grpo(promotion_in_threads, caplog):
+    """tunix's `RLCluster`: an actor that shares its backbone with the reference, and a step."""
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     adapted = wrapped("qwen3")
-    assert is_sharing_backbone(tied_lora.nnx.base(adapted), adapted)
+    nnx.update(adapted, jax.device_put(nnx.state(adapted), jax.NamedSharding(mesh, jax.P())))
+    expected = logits_of(tied_lora.nnx.base(adapted))
+    reference = tied_lora.nnx.base(adapted)
+    assert is_sharing_backbone(reference, adapted)
+    frozen = jax.tree.map(np.asarray, tied_lora.nnx.params(adapted))
+    before = jax.tree.map(np.asarray, tied_lora.nnx.adapted(adapted).adapters)
+
+    role = rl_cluster.Role
+    config = rl_cluster.ClusterConfig(
+        role_to_mesh=dict.fromkeys((role.ACTOR, role.REFERENCE, role.ROLLOUT), mesh),
+        training_config=rl_cluster.RLTrainingConfig(
+            actor_optimizer=optax.sgd(0.1), max_steps=1, eval_every_n_steps=100
+        ),
+        rollout_config=base_rollout.RolloutConfig(
+            max_tokens_to_generate=4, max_prompt_length=4, kv_cache_size=16
+        ),
+    )
+
+    def variety(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        return [float(len(set(c.split()))) for c in completions]
+
+    with flax.config.temp_flip_flag("always_shard_variable", False):  # as tunix sets it
+        cluster = rl_cluster.RLCluster(
+            actor=adapted, reference=reference, tokenizer=Letters(), cluster_config=config
+        )
+        algorithm = grpo_learner.GRPOConfig(num_generations=2)
+        learner = grpo_learner.GRPOLearner(cluster, algorithm, reward_fns=variety)
+        learner.train([{"prompts": np.array(["abc", "fed"])}])
+    assert "do not share" not in caplog.text  # the backbone: it would be copied
+    assert cluster.actor_trainer.train_steps == 1
+    assert cluster.actor_trainer.model is adapted
+    after = tied_lora.nnx.adapted(adapted).adapters
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
+    assert any(jax.tree.leaves(changed))
+    jax.tree.map(np.testing.assert_array_equal, tied_lora.nnx.params(adapted), frozen)
+    assert far(logits_of(cluster.inference_worker.get_model("reference")), expected) < 1e-5
+    assert far(logits_of(cluster.rollout.model()), logits_of(adapted)) < 1e-5

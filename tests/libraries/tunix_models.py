@@ -34,6 +34,9 @@ with warnings.catch_warnings():
     from tunix.models.llama3 import model as llama3
     from tunix.models.qwen2 import model as qwen2
     from tunix.models.qwen3 import model as qwen3
+    from tunix.rl import rl_cluster as rl_cluster
+    from tunix.rl.grpo import grpo_learner as grpo_learner
+    from tunix.rl.rollout import base_rollout as base_rollout
     from tunix.sft import peft_trainer as peft_trainer
 
     # Importing tunix turns a setting of Flax off for everybody; the other tests run with it on.

@@ -132,6 +132,16 @@ def test_model_called_without_params_is_an_error():
     assert len(explanation.reads) == 6
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+def test_adapted_params_of_a_model_that_was_not_adapted_are_an_error(name):
+    hint = r'tied_lora\.adapt\(model\.apply\)\(\{"params": adapted\}, .* AdaptedModel\(model, ad'
+    with pytest.raises(TypeError, match=hint):
+        build(name).call(adapted_of(name), TOKENS)
+    if name != "bert":
+        with pytest.raises(TypeError, match=hint):
+            build(name).model.generate(TOKENS, params=adapted_of(name), max_new_tokens=2)
+
+
 def test_the_models_own_dropout_is_as_in_the_merged_model():
     case, adapted = build("gpt2"), adapted_of("gpt2")
 

@@ -8,7 +8,7 @@ from jax import lax
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora import LoraConfig
-from tests.helpers.oracle import array, check, perturbed
+from tests.helpers.oracle import array, check, numbers, perturbed
 from tests.helpers.small_models import TOKENS, StackedLM, init
 
 KERNEL = {"m": {"kernel": array(4, 4, 4, seed=1)}}
@@ -105,6 +105,21 @@ def test_axes_that_cannot_be(said, forms, words):
 def test_sites_without_rows_and_columns(form, words):
     with pytest.raises(ValueError, match=f"(?s)wrap: .*{words}"):
         wrapped({}, form)
+
+
+def test_entries_that_are_picked_say_nothing_of_axes():
+    params = {"m": {"embedding": array(8, 6)}}
+
+    def picked(p):
+        return jnp.take_along_axis(p["m"]["embedding"], numbers(3, 6, below=8), axis=0)
+
+    def both(p):
+        return picked(p), array(2, 6) @ p["m"]["embedding"].T
+
+    for form in (picked, both):
+        adapted = wrapped({}, form, params=params)
+        assert axes(adapted) in [((0,), (1,), ()), ((1,), (0,), ())]
+        assert {r.served for r in check(form, adapted).reads} == {"low rank"}
 
 
 def test_a_leaf_that_is_only_transformed_has_the_axes_said():

@@ -112,6 +112,12 @@ def test_what_is_neither_is_other():
     ]
 
 
+def test_what_picks_entries_and_keeps_no_axis_is_other():
+    ids = jnp.zeros((3, 4), int)
+    sites = tied_lora.trace(lambda p: jnp.take_along_axis(p["t"], ids, axis=0), {"t": TABLE})
+    assert short(sites) == [("t", "gather#0", "other", (), (), ())]
+
+
 def test_transposed_table_is_named_in_the_leafs_own_axes():
     sites = tied_lora.trace(lambda p: jnp.ones((2, 4)) @ p["t"].T[:, :3], {"t": TABLE})
     assert short(sites) == [("t", "dot_general#0", "projection", (1,), (0,), ())]

@@ -15,6 +15,7 @@ from flax_tied_lora.names import names_of
 
 CONFIG = LoraConfig(r=2, target_modules=["up"])
 NAMES = names_of(None, [("up/kernel", "up.weight")])
+LLAMA = {"model_type": "llama"}
 
 
 class Linen(nn.Module):
@@ -44,6 +45,15 @@ FUNCTIONS = {
     "load_adapter": lambda params: tied_lora.peft.load_adapter("nowhere", params, NAMES),
     "find_ties": tied_lora.find_ties,
     "quantize": tied_lora.quantize,
+    "dequantize": tied_lora.dequantize,
+    "stored_bytes": tied_lora.stored_bytes,
+    "restore": lambda params: tied_lora.checkpoint.restore("nowhere", params),
+    "restore_params": lambda params: tied_lora.checkpoint.restore_params("nowhere", params),
+    "save_params": lambda params: tied_lora.checkpoint.save_params("nowhere", params),
+    "extract": lambda params: tied_lora.arithmetic.extract(params, params, CONFIG),
+    "save_merged": lambda params: tied_lora.peft.save_merged("nowhere", params, NAMES, LLAMA),
+    "to_state_dict": lambda params: tied_lora.names.to_state_dict(params, NAMES),
+    "from_state_dict": lambda params: tied_lora.names.from_state_dict({}, params, NAMES),
 }
 
 
@@ -65,6 +75,7 @@ def test_a_model(what):
         ("load_adapter", r"pass its state, .* by tied_lora\.nnx\.from_adapted"),
         ("find_ties", r"pass its state, nnx\.state\(module, nnx\.Param\)"),
         ("quantize", r"use flax_tied_lora\.nnx\.quantize\(module\)"),
+        ("save_params", r"pass its state, nnx\.state\(module, nnx\.Param\)"),
     ],
 )
 def test_a_module_of_nnx(what, remedy):

@@ -7,7 +7,6 @@ equation does, the equation itself runs on an array that has all of the weight's
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._algebra.term import LowRank
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
+from flax_tied_lora._tree.open_sizes import supposed
 
 Axes = Sequence[Sequence[int]]
 
@@ -112,16 +112,16 @@ def _reshape_groups(eqn: Any) -> list[tuple[list[int], list[int]]]:
     before, after = _permuted(eqn), eqn.outvars[0].aval.shape
     groups, i, o = [], 0, 0
     while i < len(before) or o < len(after):
-        ins, outs = [], []
-        while not (ins or outs) or math.prod(before[k] for k in ins) != math.prod(
-            after[k] for k in outs
-        ):
-            size_in, size_out = math.prod(before[k] for k in ins), math.prod(after[k] for k in outs)
-            if i < len(before) and (size_in <= size_out or o == len(after)):
+        ins, outs, size_in, size_out = [], [], 1, 1
+        while not (ins or outs) or size_in != size_out:
+            less = supposed(size_in) <= supposed(size_out)
+            if i < len(before) and (less or o == len(after)):
                 ins.append(i)
+                size_in *= before[i]
                 i += 1
             elif o < len(after):
                 outs.append(o)
+                size_out *= after[o]
                 o += 1
             else:
                 raise NotServedError  # an axis of size 0

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from flax_tied_lora._algebra.factor import RANK, Factor, NotServedError, accumulator, sum_of
@@ -22,6 +21,7 @@ from flax_tied_lora._algebra.site_filter import LOOKUP
 from flax_tied_lora._algebra.term import Dense, LowRank
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.registry import rule
+from flax_tied_lora._tree.open_sizes import is_open
 from flax_tied_lora._tree.sharding import placed_as
 
 
@@ -204,14 +204,15 @@ def _inside(eqn: Any, indices: Array, like: Array) -> Array:
     last = [shape[a] - sizes[a] for a in eqn.params["dimension_numbers"].start_index_map]
     # As unsigned numbers, those below 0 are above all others.
     kind = jnp.dtype(f"uint{8 * indices.dtype.itemsize}")
-    bounds = np.asarray([min(n, jnp.iinfo(kind).max) for n in last], kind)
+    most = jnp.iinfo(kind).max
+    bounds = [jnp.asarray(n if is_open(n) else min(n, most), kind) for n in last]
     found = lax.convert_element_type(indices, kind)
     if len(last) == 1:
         found = lax.squeeze(found, [found.ndim - 1])
         inside = lax.le(found, lax.full_like(found, bounds[0]))
     else:
-        bounds = lax.broadcast_in_dim(bounds, found.shape, (found.ndim - 1,))
-        inside = jnp.all(lax.le(found, bounds), axis=-1)
+        all_bounds = lax.broadcast_in_dim(jnp.stack(bounds), found.shape, (found.ndim - 1,))
+        inside = jnp.all(lax.le(found, all_bounds), axis=-1)
     return placed_as(lax.broadcast_in_dim(inside, like.shape, _batch_positions(eqn)), like)
 
 

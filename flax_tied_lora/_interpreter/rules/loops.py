@@ -27,6 +27,7 @@ from flax_tied_lora._interpreter.inner import (
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._tree.keys import is_key
+from flax_tied_lora._tree.open_sizes import is_open
 
 
 @rule("scan")
@@ -69,8 +70,10 @@ def scan(context, eqn, *operands):
                 handed_back(within, [y for i, y in enumerate(ys) if i not in stacked]),
             )
 
+        # JAX takes an open length from what is walked over only.
+        length = None if is_open(p["length"]) else p["length"]
         carry, ys = lax.scan(
-            body, [init[i] for i in free], (counter, walked), p["length"],
+            body, [init[i] for i in free], (counter, walked), length,
             reverse=p["reverse"], unroll=p["unroll"],
         )  # fmt: skip
         for i in sorted(stacked):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +32,7 @@ from flax_tied_lora._interpreter.rules.serving import (
     serve,
     without_dropout,
 )
+from flax_tied_lora._tree.open_sizes import supposed
 from flax_tied_lora._tree.sharding import explicit
 
 
@@ -63,7 +63,7 @@ def dot_general(context, eqn, lhs, rhs):
             # The transpose of a projection reads as a lookup: rows are summed over.
             refuse_differentiated(context, term)
         terms = tuple(without_dropout(t) for t in terms)
-    rows = math.prod(weight.shape[i] for i in contracting)
+    rows = supposed(*(weight.shape[i] for i in contracting))
     last = len(terms) == 1 and scale is None
     products = _Products(context, eqn, weight, x, operand, product, rows, len(terms) == 1, last)
     if scale is None:

@@ -20,6 +20,7 @@ from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._names.axis_maps import at_least_float32
 from flax_tied_lora._names.layout import TorchWeight, index_of, to_torch_array
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, GroupPlan, Plan
+from flax_tied_lora._tree.foreign import refuse_models
 from flax_tied_lora._tree.paths import flatten, is_marker, is_tracer
 from flax_tied_lora._tree.processes import refuse_spread
 from flax_tied_lora._tree.quantized_array import plain_array
@@ -64,6 +65,7 @@ def leaves_of(
       TypeError, ValueError: as `tied_lora.merge`; or a leaf is no array, or has no values here.
     """
     source = adapted.params if isinstance(adapted, Adapted) else adapted
+    refuse_models("save_merged", source)
     arrays = flatten(source)[0]
     if not arrays:
         raise ValueError("save_merged: the params have no leaves; expected those of a model")

@@ -58,15 +58,10 @@ def test_rows(form):
 
 OTHERS = {
     "columns": lambda w: w[:, jnp.array([0, 3])],
-    "rows and columns": lambda w: w[IDS, jnp.array([0, 3, 5])[None]],
     "along axis": lambda w: jnp.take_along_axis(w, IDS[:, :1].reshape(2, 1), axis=0),
-    "batched": lambda w: jax.vmap(lambda row, i: row[i])(w, numbers(8, 2, below=6, seed=6)),
     "batched rows": lambda w: jax.vmap(lambda part, i: part[i])(w.reshape(2, 4, 6), IDS[:, :2] % 4),
-    "windows": lambda w: lax.gather(
-        w, jnp.array([[1, 2], [6, 4]]), DIMS, (2, 3), mode="clip"
-    ),
     "two row axes": lambda w: w.reshape(2, 4, 6)[IDS % 2, IDS % 4],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", OTHERS.values(), ids=OTHERS.keys())
