@@ -47,7 +47,7 @@ def test_merge_leaves_the_adapted_alone_and_can_be_wrapped_again():
     before = jax.tree.leaves(adapted)
     merged = tied_lora.merge(adapted)
     assert all(a is b for a, b in zip(jax.tree.leaves(adapted), before, strict=True))
-    again = tied_lora.wrap(merged, LoraConfig(r=2, target_modules=["embed_tokens"]))
+    again = tied_lora.wrap(merged, LoraConfig(r=2, target_modules=["embed_tokens"]), ties=[])
     assert [m.path for m in again.plan.adapted[0].members] == [TABLE, HEAD]
 
 
