@@ -75,8 +75,8 @@ ERRORS = {
         "'tail/kernel' is tied in one of the adapters' bases only",
     ),
     "other exclusions": (
-        ([TWO[0], one(2, exclude_modules=["down"])], [1, 1]), ValueError,
-        r"different exclude_modules, None and \('down',\)",
+        ([one(1, ["up"]), one(2, ["up"], exclude_modules=["embed_tokens"])], [1, 1]), ValueError,
+        r"different exclude_modules, None and \('embed_tokens',\)",
     ),
     "list and regex": (
         ([TWO[0], one(2, ".*up")], [1, 1]), ValueError, r"different target_modules, \(.*'\.\*up'"
