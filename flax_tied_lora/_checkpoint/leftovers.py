@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 from etils import epath
+
+from flax_tied_lora._checkpoint.errors import CheckpointError, explained
+from flax_tied_lora._tree.lock import locked
 
 try:
     import fcntl
@@ -14,6 +18,8 @@ except ImportError:  # Windows: what lives cannot be told there
 
 # Orbax renames a step that is to go into this directory. What is in it is no step any more.
 DELETED = ".deleted"
+# In the directory of a run, while a step is being written.
+LOCK = ".save.lock"
 # In the name of what Orbax has not written to its end.
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -39,6 +45,7 @@ class Leftovers:
     def __init__(self, directory: epath.Path, name: str = "", mine: bool = True):
         self._directory, self._name, self._mine = directory, name, mine
         self._handle: int | None = None
+        self._only = contextlib.ExitStack()  # holds the lock of the one save, where it is one
 
     def look(self) -> None:
         """Removes what dead saves have left, if it is certain that none is alive."""
@@ -46,10 +53,21 @@ class Leftovers:
             self._remove()
         self.end()
 
-    def begin(self) -> None:
-        """Removes what dead saves have left, and says to others, until `end`, that a save lives."""
+    def begin(self, only: bool = False) -> None:
+        """Removes what dead saves have left, and says to others, until `end`, that a save lives.
+
+        Args:
+          only: whether it has to be the only one that is so in the directory.
+
+        Raises:
+          CheckpointError: another one is.
+        """
         if not self._mine:
             return
+        if only and is_local(self._directory):
+            lock = Path(self._directory / LOCK)
+            with explained("save: cannot write", self._directory):
+                self._only.enter_context(locked(lock, lock.parent, CheckpointError))
         if self._alone() is not False:
             self._remove()
         if self._handle is not None and fcntl is not None:
@@ -58,6 +76,7 @@ class Leftovers:
 
     def end(self) -> None:
         """Says that no save lives any more."""
+        self._only.close()
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None

@@ -98,8 +98,8 @@ class Manager:
           force: whether to save it whatever the options say.
 
         Raises:
-          CheckpointError: the step exists, a leaf cannot be stored, or an earlier save has failed
-            in the background.
+          CheckpointError: the step exists, a leaf cannot be stored, another `Manager` is saving
+            into the directory, or an earlier save has failed in the background.
         """
         if self._options.read_only:
             return False
@@ -110,9 +110,11 @@ class Manager:
         metrics = self._numbers(metrics, step)
         args = adapter_args(adapted, opt_state, step, extra)
         self.wait_until_finished()
-        self._leftovers.begin()
+        self._leftovers.begin(only=True)
         self._written = step
         with self._writing(f"save: step {step} in"):
+            self._orbax.reload()  # another Manager may have saved meanwhile
+            self._check_new(step)
             return self._orbax.save(step, args=args, metrics=metrics, force=force)
 
     def restore(
@@ -223,8 +225,7 @@ class Manager:
             if self._written is not None:
                 self._leftovers.failed(self._names.build_name(self._written))
             self._done()
-            with contextlib.suppress(OSError):
-                # Orbax has struck the steps off that were to go when this one is on disk.
+            with contextlib.suppress(OSError):  # Orbax has struck off those that were to go
                 self._orbax.reload()
             raise
 
@@ -261,11 +262,10 @@ class Manager:
                 f"save: step {step} is below step {found[-1]}, the latest in {self.directory}; to "
                 "go on from an earlier step, use another directory or delete the later steps"
             )
-        problem = self._problem(step)
+        problem = f", and cannot be restored ({p})" if (p := self._problem(step)) else ""
         raise CheckpointError(
-            f"save: step {step} in {self.directory} already exists"
-            + (f", and cannot be restored ({problem})" if problem else "")
-            + "; save a later one, or delete it"
+            f"save: step {step} in {self.directory} already exists{problem}; save a later one, or "
+            "delete it"
         )
 
     def _found(self) -> list[int]:

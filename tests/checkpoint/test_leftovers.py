@@ -13,6 +13,7 @@ from etils import epath
 from flax_tied_lora import checkpoint
 from flax_tied_lora._checkpoint import leftovers
 from flax_tied_lora._checkpoint.leftovers import DELETED, Leftovers
+from flax_tied_lora.checkpoint import CheckpointError
 from tests.helpers.saved_base import base_params, wrapped
 
 DEAD = ("5.orbax-checkpoint-tmp", "7.orbax-checkpoint-tmp-123", f"{DELETED}/3")
@@ -74,6 +75,22 @@ def test_while_a_step_is_written_others_see_that(tmp_path):
         assert held(tmp_path)
         manager.wait_until_finished()
         assert not held(tmp_path)
+
+
+def test_of_two_managers_that_save_one_is_refused(tmp_path):
+    """The same run, started twice: which of the two steps would stand there is chance."""
+    with checkpoint.Manager(tmp_path) as first, checkpoint.Manager(tmp_path) as second:
+        first.save(1, wrapped())
+        with pytest.raises(CheckpointError, match=r"another save into it is running \(process \d+"):
+            second.save(1, wrapped())
+        first.wait_until_finished()
+        with pytest.raises(CheckpointError, match=r"step 1 in .* already exists"):
+            second.save(1, wrapped())
+        assert second.save(2, wrapped())
+        second.wait_until_finished()
+    assert names(tmp_path) == ["1", "2"]
+    with checkpoint.Manager(tmp_path) as manager:
+        assert manager.restore(base_params()).step == 2
 
 
 def held(folder):
