@@ -81,8 +81,9 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/gemma_table.py
 	$(BIN)/python benchmarks/_report.py
 
-# What takes longer: training lengths, and losses on quantised bases.
+# What takes longer: training lengths, losses on quantised bases, thousands of layers.
 bench-long: $(VENV)/.bench
+	$(BIN)/python benchmarks/deep.py
 	$(BIN)/python benchmarks/step.py --batch 8 --length 512
 	$(BIN)/python benchmarks/against_peft.py --batch 4 --length 256
 	$(KEPT_MEMORY) $(BIN)/python benchmarks/against_peft.py --batch 4 --length 256

@@ -55,6 +55,7 @@ TARGETS = [
     Target("linear_cross_entropy", "memory / frozen, plain: tied, fused", 0.1),
     Target("tracing", "(?!.*compil).*adapted / plain.*", 1.5),
     Target("tracing", COMPILING, 1.15),
+    Target("deep", ".*10,000 layers, .*adapted / plain.*", 1.5),
     Target("decoding", "unmerged / merged.*", 1.05),
 ]
 

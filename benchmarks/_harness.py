@@ -31,10 +31,17 @@ KEPT_MEMORY = (
 SETTINGS = ("GLIBC_TUNABLES", "LD_PRELOAD")  # environment variables that are part of a command
 
 
-def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    cases: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Returns seconds for each case, one run of each a round, the order turning.
 
     The garbage collector rests while a case runs, as `timeit` has it.
+
+    Args:
+      clock: `time.process_time` for what one thread does, whatever else the machine is at.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)
@@ -42,9 +49,9 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
         for name in names[r % len(names) :] + names[: r % len(names)]:
             gc.collect()
             gc.disable()
-            start = time.perf_counter()
+            start = clock()
             cases[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
             gc.enable()
     return seconds
 

@@ -44,22 +44,48 @@ def factors_of(product: Product, x: Factor, term: LowRank) -> tuple[Factor, Fact
 
 def beside_one_array(
     product: Product, data: Array, terms: Sequence[Term], rows: int
-) -> tuple[Dense, LowRank] | None:
+) -> tuple[Dense, LowRank, Factor, Factor] | None:
     """Returns an array and a delta if they are all terms, and one function serves both.
 
     Args:
       rows: how many rows of the weight are summed over.
+
+    Returns:
+      The array, the delta, and its factors in the order in which data meets them; or None.
     """
     if len(terms) != 2:
         return None
     dense, term = terms
     if not isinstance(dense, Dense) or not isinstance(term, LowRank):
         return None
-    first, second = factors_of(product, Factor(data, product.data), term)
+    a, b = term.a, term.b
+    arrays = (data, dense.factor.array, a.array, b.array)
+    swapped = _swapped(product, rows, data.shape, (a.array.shape, a.axes), (b.array.shape, b.axes))
+    if swapped is None or any(split(array) is not None for array in arrays):
+        return None
+    return (dense, term, b, a) if swapped else (dense, term, a, b)
+
+
+# Layers of one shape are decided on once.
+@functools.lru_cache(maxsize=1024)
+def _swapped(
+    product: Product, rows: int, data: tuple[int, ...], a: tuple[Any, Any], b: tuple[Any, Any]
+) -> bool | None:
+    """Returns whether data meets a delta's second factor first; None if no function serves both.
+
+    Args:
+      data: shape of the data.
+      a, b: shape and axes of each factor.
+    """
+    x, one, other = (
+        Factor(jax.ShapeDtypeStruct(shape, product.accumulate), axes)
+        for shape, axes in ((data, product.data), a, b)
+    )
+    swapped = not times_chain(x, one, other, product.order)
+    first, second = (other, one) if swapped else (one, other)
     if logits_product.is_wide(second, rows) or not kernel_product.fits(product, first, second):
         return None
-    arrays = (data, dense.factor.array, first.array, second.array)
-    return None if any(split(a) is not None for a in arrays) else (dense, term)
+    return swapped
 
 
 def of_data(

@@ -14,7 +14,7 @@ import jax
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from flax_tied_lora._algebra.factor import RANK, Factor
+from flax_tied_lora._algebra.factor import RANK, Factor, operation_dtype
 from flax_tied_lora._algebra.for_cpu import joins_tokens, tokens_joined
 from flax_tied_lora._algebra.product import Product
 from flax_tied_lora._tree.sharding import vary, varying
@@ -29,24 +29,52 @@ def fits(product: Product, first: Factor, second: Factor) -> bool:
     return made == {*product.order} and {*product.data} <= known
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is static about a product with a weight that has a delta; hashable.
+
+    Attributes:
+      product: its description.
+      operand: which operand of the product the weight is.
+      dimensions, out_sharding: of the weight's `lax.dot_general`.
+      weight, result: dtypes.
+    """
+
+    product: Product
+    operand: int
+    dimensions: Any
+    out_sharding: Any
+    weight: Any
+    result: Any
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def served(
-    product: Product, dot: Any, dtype: Any, pair: tuple[Array, Array], data: Array,
+    form: Form, x: Array, array: Array, dropped: Array | None,
     first: Factor, second: Factor, scaling: Array,
 ) -> Array:  # fmt: skip
     """Returns a product with a weight plus that with its delta: one program for layers of a shape.
 
+    All that depends on shapes and dtypes alone is in here, where it is done once.
+
     Args:
-      dot: parameters of the weight's `lax.dot_general`, as sorted pairs.
-      dtype: of the result.
-      pair: operands of the weight's product.
-      data, first, second, scaling: of the delta's.
+      x: what the weight is multiplied with.
+      array: the weight.
+      dropped: what the delta is multiplied with, if it is not that.
+      first, second, scaling: of the delta.
     """
-    accumulate = product.accumulate
-    base = lax.dot_general(*pair, preferred_element_type=accumulate, **dict(dot))
+    product, accumulate = form.product, form.product.accumulate
+    array = lax.convert_element_type(array, form.weight)
+    base = lax.dot_general(
+        *((x, array) if form.operand else (array, x)), form.dimensions, product.precision,
+        accumulate, out_sharding=form.out_sharding,
+    )  # fmt: skip
+    data = x if dropped is None else dropped
+    data = lax.convert_element_type(data, operation_dtype(data.dtype, form.weight))
     first, second = first.astype(data.dtype), second.astype(data.dtype)
     scaling = lax.convert_element_type(scaling, accumulate)
-    return lax.convert_element_type(added(product, base, data, first, second, scaling), dtype)
+    out = added(product, base, data, first, second, scaling)
+    return lax.convert_element_type(out, form.result)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

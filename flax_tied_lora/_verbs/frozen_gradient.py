@@ -25,9 +25,9 @@ class FrozenGradientWarning(UserWarning):
 def watched(adapted: Adapted, leaves: Mapping[str, Any]) -> Adapted:
     """Returns an `Adapted` that warns where its adapted leaves are differentiated.
 
-    Its scaling has passed through a function of scaling and leaves whose derivative is that of the
-    identity; the leaves themselves are used as they are. Were they what passes through, a function
-    that is compiled first and differentiated then would write a copy of each.
+    One of its scalings has passed through a function of it and the leaves whose derivative is that
+    of the identity; the leaves themselves are used as they are. Were they what passes through, a
+    function that is compiled first and differentiated then would write a copy of each.
 
     Args:
       leaves: the params, by path.
@@ -36,7 +36,9 @@ def watched(adapted: Adapted, leaves: Mapping[str, Any]) -> Adapted:
     if not frozen or not adapted.scaling:
         return adapted
     names, arrays = tuple(frozen), tuple(frozen.values())
-    return dataclasses.replace(adapted, scaling=_as_it_is(names, adapted.scaling, arrays))
+    key = next(iter(adapted.scaling))
+    passed = _as_it_is(names, adapted.scaling[key], arrays)
+    return dataclasses.replace(adapted, scaling={**adapted.scaling, key: passed})
 
 
 def _may_be(leaf: Any) -> bool:

@@ -26,6 +26,7 @@ PROGRAMS = sorted(f.stem for f in BENCHMARKS.glob("[a-z]*.py"))
 # tests/losses/test_chunked.py.
 SMALL = [
     "elsewhere --tiny", "importing --rounds 2", "step --rounds 2", "decoding --rounds 2",
+    "deep --rounds 2",
     "against_peft --rounds 2 --models gpt2 --batch 3",
     *(pytest.param(f"{p} --rounds 2", marks=pytest.mark.slow)
       for p in ("against_peft", "gemma_table", "linear_cross_entropy")),

@@ -73,6 +73,53 @@ def test_four_times_the_layers_cost_four_times_as_much(what):
     assert counted(100)[what] < 4.4 * counted(25)[what]
 
 
+@functools.cache
+def counted_of_a_chain(layers: int) -> dict[str, int]:
+    """The same of bare products, which leave what each layer costs nothing to hide behind."""
+    shape = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    params = {f"layer_{i}": {"kernel": shape} for i in range(layers)}
+    config = tied_lora.LoraConfig(r=2, target_modules=list(params))
+    adapted = tied_lora.wrap(params, config)
+    deltas, scaling = adapted.adapters["lora"], adapted.scaling
+
+    def chain(params, x):
+        for layer in params.values():
+            x = x @ layer["kernel"]
+        return x.sum()
+
+    def by_hand(deltas, scaling, params, x):
+        for key, layer in zip(deltas, params.values(), strict=True):
+            own = deltas[key]
+            x = x @ layer["kernel"] + (x @ own["lora_a"]) @ own["lora_b"] * scaling[key]
+        return x.sum()
+
+    def traced(function, *args):
+        return calls(lambda: jax.make_jaxpr(lambda *args: function(*args))(*args))
+
+    apply = tied_lora.adapt(chain)
+    return {
+        "adapt": traced(apply, adapted, X),
+        "gradient": traced(tied_lora.value_and_grad(apply), adapted, X),
+        "wrap": calls(lambda: tied_lora.wrap(params, config)),
+        "by hand": traced(by_hand, deltas, scaling, params, X),
+        "by hand, gradient": traced(jax.value_and_grad(by_hand), deltas, scaling, params, X),
+    }
+
+
+@pytest.mark.parametrize("what", ["adapt", "gradient", "wrap"])
+def test_each_layer_of_a_chain_costs_the_same(what):
+    few, some, many = (counted_of_a_chain(n)[what] for n in (100, 200, 400))
+    assert many - some == pytest.approx(2 * (some - few), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("what", "beside", "limit"),
+    [("adapt", "by hand", 1.15), ("gradient", "by hand, gradient", 0.95)],
+)
+def test_a_chain_takes_little_more_than_by_hand(what, beside, limit):
+    assert counted_of_a_chain(200)[what] < limit * counted_of_a_chain(200)[beside]
+
+
 @pytest.mark.parametrize("what", ["adapt", "trace"])
 def test_adapted_is_traced_in_at_most_one_and_a_half_times_the_calls(what):
     assert counted(100)[what] < 1.5 * counted(100)["plain"]

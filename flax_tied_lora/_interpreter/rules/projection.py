@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def dot_general(context, eqn, lhs, rhs):
     weight, x = (rhs, lhs) if operand else (lhs, rhs)
     contracting, batch = (pair[operand] for pair in eqn.params["dimension_numbers"])
     free = [i for i in range(len(weight.shape)) if i not in (*contracting, *batch)]
-    product = _described(eqn, operand, free)
+    product = _described(eqn, operand)
 
     scale = weight.scale
     scaled = set() if scale is None else {*scale.axes}
@@ -101,11 +102,15 @@ class _Products(Products):
         if isinstance(self.x, Weight):
             array = factor.ordered(range(len(self.weight.shape))).array
             return self.context.apply(self.eqn, self._pair(array))[0]
-        array, options = self._as_stored(factor)
+        array, dimensions = self._as_stored(factor)
         kind = self.product.accumulate
         if self.last:
             kind = self.eqn.params["preferred_element_type"]
-        return lax.dot_general(*self._pair(array), **options, preferred_element_type=kind)
+        lhs, rhs = self._pair(array)
+        return lax.dot_general(
+            lhs, rhs, dimensions, self.product.precision, kind,
+            out_sharding=self.eqn.params["out_sharding"],
+        )  # fmt: skip
 
     def low_rank(self, term: LowRank, data: Any, sharding: Any) -> Part:
         shape = self.eqn.outvars[0].aval.shape
@@ -128,55 +133,68 @@ class _Products(Products):
         """Returns the product with an array and a delta in one function, if it is one of these."""
         if isinstance(self.x, Weight):
             return None
-        pair = delta_product.beside_one_array(self.product, self.x, terms, self.height)
-        if pair is None:
+        x, weight = self.x, self.weight.dtype
+        found = delta_product.beside_one_array(self.product, x, terms, self.height)
+        if found is None:
             return None
-        dense, term = pair
-        refuse_differentiated(self.context, term)
-        data = lax.convert_element_type(self.x, operation_dtype(self.x.dtype, self.weight.dtype))
-        first, second = delta_product.factors_of(
-            self.product, Factor(self.x, self.product.data), term
-        )
-        data = dropped(term, data) if term.key is not None else data
-        array, options = self._as_stored(dense.factor.astype(self.weight.dtype))
-        return kernel_product.served(
-            self.product, tuple(options.items()), self.eqn.outvars[0].aval.dtype,
-            self._pair(array), data, first, second, term.scaling,
+        dense, term, first, second = found
+        data = None
+        if term.key is not None:
+            refuse_differentiated(self.context, term)
+            data = dropped(term, lax.convert_element_type(x, operation_dtype(x.dtype, weight)))
+        array, dimensions = self._as_stored(dense.factor)
+        form = kernel_product.Form(
+            self.product, self.operand, dimensions, self.eqn.params["out_sharding"], weight,
+            self.eqn.outvars[0].aval.dtype,
         )  # fmt: skip
+        return kernel_product.served(form, x, array, data, first, second, term.scaling)
 
     def _pair(self, array: Array) -> list[Any]:
         """Returns the operands with an array in the place of the weight."""
         return [self.x, array] if self.operand else [array, self.x]
 
-    def _as_stored(self, factor: Factor) -> tuple[Array, dict[str, Any]]:
-        """Returns a weight's array as it is stored, and the parameters of the product with it.
+    def _as_stored(self, factor: Factor) -> tuple[Array, Any]:
+        """Returns a weight's array as it is stored, and the dimensions of the product with it.
 
         Where free axes would change places in the result, they are put in order.
         """
         numbers = self.eqn.params["dimension_numbers"]
+        if factor.in_order():
+            return factor.array, numbers
         used = {i for pair in numbers for i in pair[self.operand]}
         free = [a for a in factor.axes if a not in used]
         if free != sorted(free):
-            factor = factor.ordered(range(len(factor.axes)))
+            return factor.ordered(range(len(factor.axes))).array, numbers
         stored = [list(pair) for pair in numbers]
         for pair in stored:
             pair[self.operand] = tuple(factor.axes.index(i) for i in pair[self.operand])
-        options = {name: self.eqn.params[name] for name in ("out_sharding", "precision")}
-        return factor.array, {"dimension_numbers": tuple(map(tuple, stored)), **options}
+        return factor.array, tuple(map(tuple, stored))
 
 
-def _described(eqn: Any, operand: int, free: Sequence[int]) -> Product:
+def _described(eqn: Any, operand: int) -> Product:
     """Returns the description of an equation, the weight being one of its operands."""
-    contracting, batch = eqn.params["dimension_numbers"]
+    params, other = eqn.params, eqn.invars[1 - operand].aval
+    return _product(
+        params["dimension_numbers"], operand, eqn.invars[operand].aval.ndim, other.ndim,
+        eqn.outvars[0].aval.dtype, params["precision"],
+    )  # fmt: skip
+
+
+# Equations of one form are described once.
+@functools.lru_cache(maxsize=1024)
+def _product(
+    dimensions: Any, operand: int, ndim: int, other_ndim: int, dtype: Any, precision: Any
+) -> Product:
+    contracting, batch = dimensions
     other = 1 - operand
+    free = [i for i in range(ndim) if i not in (*contracting[operand], *batch[operand])]
     paired = dict(
         zip((*contracting[other], *batch[other]), (*contracting[operand], *batch[operand]),
             strict=True)
     )  # fmt: skip
-    data = tuple(paired.get(i, f"x{i}") for i in range(eqn.invars[other].aval.ndim))
+    data = tuple(paired.get(i, f"x{i}") for i in range(other_ndim))
     rest = [a for a in data if isinstance(a, str)]
     kept = [*rest, *free] if operand else [*free, *rest]
-    dtype, precision = eqn.outvars[0].aval.dtype, eqn.params["precision"]
     # A named algorithm says itself what it adds up in.
     named = not isinstance(precision, (type(None), tuple, lax.Precision))
     accumulate = dtype if named else accumulator(dtype)
