@@ -100,7 +100,7 @@ class Quantized(Term):
 
         made = jax.make_jaxpr(alone)(jax.ShapeDtypeStruct((size,), jnp.int8))
         (axes,) = [m.axes for m in moved]
-        done = {eqn.primitive.name for eqn in made.jaxpr.eqns}
+        done = {eqn.primitive.name for eqn in made.eqns}
         if len(axes) != 1 or made.out_avals[0].shape != (size,) or not done <= _HARMLESS:
             raise NotServedError
         return axes[0], not isinstance(moved[0].array, Array)
