@@ -1,5 +1,7 @@
 """What every test runs under: CPU with eight devices, strict promotion, no network.
 
+Files whose tests need what is not installed are left out, and the summary says which.
+
 Promotion is strict everywhere but in ``tests/models`` and ``tests/libraries``: there the models are
 other people's, and rely on JAX's usual rules. A single test elsewhere asks for those with the
 fixture ``standard_promotion``.
@@ -8,6 +10,8 @@ fixture ``standard_promotion``.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,8 +61,42 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 OTHERS_MODELS = {Path(__file__).parent / name for name in ("models", "libraries")}
+# Where PyTorch's CPU build is not to be had (Python 3.12 and newer) the extra ``test`` installs
+# neither it nor a transformers with Flax classes. Only these files and folders need them.
+NEEDED = {
+    "torch": ("against_torch", "examples/test_smollm2.py", "libraries/test_gemma.py"),
+    "transformers<5": (
+        "examples/test_finetune.py", "features/test_quantized_smollm2.py", "models",
+        "whole/test_training_loops.py",
+    ),
+}  # fmt: skip
 # Compiled programs are never dropped by JAX itself; past this much a worker starts again from none.
 CACHE_LIMIT_KIB = 3 * 1024 * 1024
+
+
+def is_installed(needed: str) -> bool:
+    name, _, below = needed.partition("<")
+    if importlib.util.find_spec(name) is None:
+        return False
+    return not below or int(importlib.metadata.version(name).split(".")[0]) < int(below)
+
+
+# By what they need: asked of every worker, and of the process that collects nothing itself.
+LEFT_OUT = {
+    needed: {Path(__file__).parent / name for name in names}
+    for needed, names in NEEDED.items()
+    if not is_installed(needed)
+}
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return any(collection_path in paths for paths in LEFT_OUT.values()) or None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for needed, paths in LEFT_OUT.items():
+        files = [f for p in paths for f in (p.glob("test_*.py") if p.is_dir() else [p])]
+        terminalreporter.line(f"left out: {needed} is not installed ({len(files)} files)")
 
 
 @contextlib.contextmanager

@@ -100,8 +100,9 @@ class Quantized(Term):
 
         made = jax.make_jaxpr(alone)(jax.ShapeDtypeStruct((size,), jnp.int8))
         (axes,) = [m.axes for m in moved]
-        done = {eqn.primitive.name for eqn in made.jaxpr.eqns}
-        if len(axes) != 1 or made.out_avals[0].shape != (size,) or not done <= _HARMLESS:
+        done = {eqn.primitive.name for eqn in made.eqns}
+        made_of: Any = made.out_avals[0]
+        if len(axes) != 1 or made_of.shape != (size,) or not done <= _HARMLESS:
             raise NotServedError
         return axes[0], not isinstance(moved[0].array, Array)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, jaxprs_in_params
 
+from flax_tied_lora._interpreter.jaxprs import Jaxpr, body, jaxprs_in_params
 from flax_tied_lora._interpreter.sites import module_scope
 
 TRANSPOSED = "transpose("
@@ -36,7 +36,7 @@ def marks_are_known() -> bool:
             return jnp.sum(jax.checkpoint(lambda w: jnp.sin(x @ w))(w))
 
     shapes = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((4, 2), jnp.float32)
-    scopes = list(_products(jax.make_jaxpr(jax.grad(loss))(*shapes).jaxpr))
+    scopes = list(_products(body(jax.make_jaxpr(jax.grad(loss))(*shapes))))
     modules = {part for scope in scopes for part in module_scope(scope).split("/")}
     return [*map(is_backward, scopes)] == [False, False, True] and modules == {"model"}
 

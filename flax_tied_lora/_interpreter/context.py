@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-from jax.extend.core import JaxprEqn, Var
 
 from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION
 from flax_tied_lora._algebra.term import Term
@@ -18,6 +17,7 @@ from flax_tied_lora._interpreter.backward import is_backward, marks_are_known
 from flax_tied_lora._interpreter.costs import Cost, cost_beyond_plain, total
 from flax_tied_lora._interpreter.equations import run
 from flax_tied_lora._interpreter.evaluate import evaluate
+from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Var
 from flax_tied_lora._interpreter.materialised import (
     DensifyError,
     bytes_of,
@@ -93,7 +93,7 @@ class Context:
         traced = jax.make_jaxpr(function, return_shape=True)
         closed, shape = traced(*jax.tree.unflatten(tree, avals))
         inner = self.inside(reads := [], Provenance())
-        outputs = evaluate(inner, closed.jaxpr, closed.consts, leaves)
+        outputs = evaluate(inner, closed, leaves)
         self.met(reads)
         dense = [self.returned(x) if isinstance(x, Weight) else x for x in outputs]
         return jax.tree.unflatten(jax.tree.structure(shape), dense)

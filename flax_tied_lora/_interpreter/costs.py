@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from flax_tied_lora._algebra.factor import accumulator
 from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._interpreter.jaxprs import PROGRAMS, Jaxpr, JaxprEqn, body
 from flax_tied_lora._tree.open_sizes import is_open, supposed
 
 
@@ -66,7 +66,7 @@ def cost_beyond_plain(serve: Callable[[Sequence[Any]], Any], operands: Sequence[
 
     def of(operands: Sequence[Any]) -> Cost:
         avals = jax.tree.map(jax.typeof, list(operands))
-        return cost(jax.make_jaxpr(serve)(avals).jaxpr)
+        return cost(body(jax.make_jaxpr(serve)(avals)))
 
     plain = [_without_adapters(x) if isinstance(x, Weight) else x for x in operands]
     served, unadapted = of(operands), of(plain)
@@ -96,10 +96,8 @@ def _size(of: Cost) -> tuple[int, ...]:
 
 def _programs(value: Any) -> Iterable[Jaxpr]:
     """Returns the programs in a parameter of an equation."""
-    if isinstance(value, ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, Jaxpr):
-        return [value]
+    if isinstance(value, PROGRAMS):
+        return [body(value)]
     return [p for v in value for p in _programs(v)] if isinstance(value, tuple | list) else []
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._interpreter.jaxprs import Primitive, closed, jaxpr_as_fun, opened
 from flax_tied_lora._interpreter.protocols import Rule
 from flax_tied_lora._interpreter.registry import rule as register
 from flax_tied_lora._interpreter.tracing import Calls, filling
@@ -65,11 +65,12 @@ def custom_rule(fn: Callable[P, R], rule: Rule) -> Callable[P, R]:
         places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
         fill = filling(tree, leaves, places)
         arrays = [leaves[i] for i in places]
-        closed, outputs = Calls(fn, fill).jaxpr([jax.typeof(x) for x in arrays])
+        traced, outputs = Calls(fn, fill).jaxpr([jax.typeof(x) for x in arrays])
         left = [None if i in places else x for i, x in enumerate(leaves)]
-        call = _Call(rule, filling(tree, left, places), len(closed.consts))
-        jaxpr = _opened(closed.jaxpr)
-        return outputs.filled(custom_rule_p.bind(*closed.consts, *arrays, jaxpr=jaxpr, call=call))
+        jaxpr, consts = opened(traced)
+        call = _Call(rule, filling(tree, left, places), len(consts))
+        results = custom_rule_p.bind(*consts, *arrays, jaxpr=closed(jaxpr), call=call)
+        return outputs.filled(results)
 
     return ruled
 
@@ -89,15 +90,6 @@ class _Call:
     closed_over: int
 
 
-def _opened(jaxpr: Jaxpr) -> ClosedJaxpr:
-    """Returns a jaxpr that takes its constants as its first operands."""
-    opened = Jaxpr(
-        (), [*jaxpr.constvars, *jaxpr.invars], jaxpr.outvars, jaxpr.eqns, jaxpr.effects,
-        jaxpr.debug_info,
-    )  # fmt: skip
-    return ClosedJaxpr(opened, ())
-
-
 @register(NAME)
 def _served(context: Any, eqn: Any, *operands: Any) -> Any:
     call: _Call = eqn.params["call"]
@@ -114,7 +106,7 @@ def _served(context: Any, eqn: Any, *operands: Any) -> Any:
 # To every transformation the operation is the program inside.
 
 
-def _computed(*operands: Any, jaxpr: ClosedJaxpr, call: _Call) -> list[Any]:
+def _computed(*operands: Any, jaxpr: Any, call: _Call) -> list[Any]:
     return jaxpr_as_fun(jaxpr)(*operands)
 
 
@@ -123,13 +115,11 @@ mlir.register_lowering(custom_rule_p, mlir.lower_fun(_computed, multiple_results
 
 
 @custom_rule_p.def_effectful_abstract_eval
-def _abstract(*operands: Any, jaxpr: ClosedJaxpr, call: _Call) -> Any:
+def _abstract(*operands: Any, jaxpr: Any, call: _Call) -> Any:
     return jaxpr.out_avals, jaxpr.effects
 
 
-def _jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: ClosedJaxpr, call: _Call
-) -> Any:
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: Any, call: _Call) -> Any:
     moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
 
     def of_moving(*values: Any) -> list[Any]:
@@ -145,7 +135,7 @@ ad.primitive_jvps[custom_rule_p] = _jvp
 
 
 def _batched(
-    operands: Sequence[Any], axes: Sequence[int | None], *, jaxpr: ClosedJaxpr, call: _Call
+    operands: Sequence[Any], axes: Sequence[int | None], *, jaxpr: Any, call: _Call
 ) -> Any:
     outputs = jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(axes))(*operands)
     return outputs, [0] * len(outputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
+from flax_tied_lora._interpreter.jaxprs import Jaxpr, JaxprEqn, Var, jaxpr_as_fun, program
 
 
 def run(eqns: Sequence[JaxprEqn], operands: Mapping[Var, Any], wanted: Sequence[Var]) -> list[Any]:
@@ -15,10 +15,7 @@ def run(eqns: Sequence[JaxprEqn], operands: Mapping[Var, Any], wanted: Sequence[
       operands: the values that the equations read and do not make, by variable.
       wanted: the variables whose values are returned.
     """
-    info = DebugInfo("tied_lora.run", eqns[0].primitive.name, None, None)
-    # Effects of refs are numbered by operand: the equations say them when they run.
-    program = Jaxpr((), list(operands), list(wanted), list(eqns), frozenset(), info)
-    return jaxpr_as_fun(ClosedJaxpr(program, ()))(*operands.values())
+    return jaxpr_as_fun(program(eqns, list(operands), wanted))(*operands.values())
 
 
 def variables(eqns: Iterable[JaxprEqn]) -> list[Var]:

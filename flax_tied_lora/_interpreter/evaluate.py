@@ -11,19 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, Var
-from jax.extend.core import Literal as Constant
 
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.equations import last_uses, run, variables
+from flax_tied_lora._interpreter.jaxprs import Literal as Constant
+from flax_tied_lora._interpreter.jaxprs import Var, body, constants
 from flax_tied_lora._interpreter.protocols import Evaluation
 
 
-def evaluate(
-    context: Evaluation, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]
-) -> list[Any]:
-    """Returns the outputs of a jaxpr; arguments and outputs are arrays or weights."""
-    env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+def evaluate(context: Evaluation, program: Any, args: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of a program; arguments and outputs are arrays or weights."""
+    jaxpr = body(program)
+    env: dict[Var, Any] = dict(zip(jaxpr.constvars, constants(program), strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     context.provenance.enter(jaxpr)
     last_use = last_uses(jaxpr)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.evaluate import evaluate
+from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Var
 from flax_tied_lora._interpreter.protocols import Evaluation
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.sites import Read
@@ -52,7 +52,7 @@ def parts_of(operands: Sequence[Any]) -> tuple[list[Any], Any]:
 class Rebuilt:
     """An inner program with the parts of weights in place of weights."""
 
-    jaxpr: ClosedJaxpr
+    jaxpr: Any
     outputs: Any  # structure of the outputs, weights among them
     reads: list[Read]
     extra: Any = None
@@ -160,11 +160,11 @@ def run_with(
 
 
 def evaluate_inner(
-    context: Evaluation, jaxpr: ClosedJaxpr, hot: frozenset[tuple[int, int]],
+    context: Evaluation, jaxpr: Any, hot: frozenset[tuple[int, int]],
     operands: Sequence[Any],
 ) -> list[Any]:  # fmt: skip
     context.provenance = Provenance(hot)
-    return evaluate(context, jaxpr.jaxpr, jaxpr.consts, operands)
+    return evaluate(context, jaxpr, operands)
 
 
 def handed_back(context: Evaluation, outputs: Sequence[Any]) -> list[Any]:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import NotImplementedType
 from typing import Any, Protocol
 
-from jax.extend.core import JaxprEqn, Var
-
 from flax_tied_lora._algebra.site_filter import Role
 from flax_tied_lora._algebra.weight import Term, Weight
+from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Var
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.sites import LeafInfo, Read
 

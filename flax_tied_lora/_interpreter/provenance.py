@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from flax_tied_lora._interpreter.jaxprs import Jaxpr, JaxprEqn, Literal, Var, body
 
 Axes = frozenset[int]
 
@@ -67,7 +67,7 @@ class Provenance:
         if eqn.primitive.name in ("jit", "pjit"):
             pairs = ((i, a) for i, v in enumerate(eqn.invars) for a in self.one_hot_axes(v))
             inner = Provenance(frozenset(pairs))
-            jaxpr = eqn.params["jaxpr"].jaxpr
+            jaxpr = body(eqn.params["jaxpr"])
             inner.enter(jaxpr)
             return inner.one_hot_axes(jaxpr.outvars[position])
         return _handed_on(eqn, position, self.one_hot_axes)

@@ -13,10 +13,10 @@ from typing import Any, TypeVar, overload
 
 import jax
 import numpy as np
-from jax.extend.core import JaxprEqn, Primitive
 
 from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Primitive
 from flax_tied_lora._interpreter.protocols import Rule, RuleContext
 from flax_tied_lora._interpreter.same_function import CUSTOM_CALLS, is_call_of
 

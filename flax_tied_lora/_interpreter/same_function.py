@@ -14,9 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from flax_tied_lora._interpreter.equations import run
+from flax_tied_lora._interpreter.jaxprs import (
+    PROGRAMS,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    body,
+    constants,
+)
 
 CUSTOM_CALLS = ("custom_vjp_call", "custom_jvp_call")
 
@@ -33,7 +41,7 @@ def is_call_of(eqn: JaxprEqn, function: Callable[..., Any]) -> bool:
     moved = operands if eqn.primitive.name == "custom_jvp_call" else results
     moved = [v.aval for v in moved if _is_inexact(v.aval)]
 
-    def derivative(f: Callable[..., Any]) -> ClosedJaxpr:
+    def derivative(f: Callable[..., Any]) -> Any:
         return jax.make_jaxpr(_derivative(f, eqn.primitive.name, len(avals)))(*avals, *moved)
 
     try:
@@ -84,10 +92,8 @@ def _derivative(function: Callable[..., Any], operation: str, count: int) -> Cal
 
 def _same(a: Any, b: Any) -> bool:
     """Returns whether two programs, or two parameters of operations, are the same."""
-    if isinstance(a, ClosedJaxpr) and isinstance(b, ClosedJaxpr):
-        return _same_each(a.consts, b.consts) and _same_jaxpr(a.jaxpr, b.jaxpr)
-    if isinstance(a, Jaxpr) and isinstance(b, Jaxpr):
-        return _same_jaxpr(a, b)
+    if isinstance(a, PROGRAMS) and isinstance(b, PROGRAMS):
+        return _same_each(constants(a), constants(b)) and _same_jaxpr(body(a), body(b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr
 
 from flax_tied_lora._tree.paths import is_tracer
 
@@ -39,7 +38,7 @@ class Calls:
     fn: Callable[..., Any]
     arguments: Callable[[Sequence[Any]], tuple[Any, Any]]
 
-    def jaxpr(self, avals: Sequence[Any]) -> tuple[ClosedJaxpr, Outputs]:
+    def jaxpr(self, avals: Sequence[Any]) -> tuple[Any, Outputs]:
         """Returns the program of the call, and what it returns around its outputs."""
         outputs: list[Outputs] = []
 

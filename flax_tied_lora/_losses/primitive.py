@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from flax_tied_lora._algebra.factor import accumulator
+from flax_tied_lora._interpreter.jaxprs import Primitive
 from flax_tied_lora._losses.chunked import total, total_and_gradients
 from flax_tied_lora._losses.loss import Loss
 from flax_tied_lora._tree.sharding import varying

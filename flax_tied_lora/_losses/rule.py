@@ -13,6 +13,7 @@ from flax_tied_lora._algebra.site_filter import PROJECTION
 from flax_tied_lora._algebra.term import Dense
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.costs import Cost, cost, cost_of
+from flax_tied_lora._interpreter.jaxprs import body
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._losses.loss import Loss
@@ -75,5 +76,5 @@ def _cost(eqn: Any) -> Cost:
     """Returns the FLOPs of the products of all tokens, and the bytes of those of a chunk."""
     loss, (hidden, *rest) = eqn.params["loss"], [v.aval for v in eqn.invars]
     chunk = _chunk(loss, hidden)
-    flops, size = cost(jax.make_jaxpr(loss.project)(chunk, rest[loss.first - 1 :]).jaxpr)
+    flops, size = cost(body(jax.make_jaxpr(loss.project)(chunk, rest[loss.first - 1 :])))
     return Cost(flops * (hidden.size // chunk.shape[1]) // max(chunk.shape[0], 1), size)

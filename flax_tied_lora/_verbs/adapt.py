@@ -151,7 +151,7 @@ def evaluated(
         return fill([plain(a, by_path) for a, by_path in zip(adapteds, arrays, strict=True)])
 
     closed, outputs = Calls(fn, arguments).jaxpr([_aval(w) for w in weights])
-    values = evaluate(context, closed.jaxpr, closed.consts, weights)
+    values = evaluate(context, closed, weights)
     return Evaluated(outputs.filled(values), named, context, adapteds)
 
 

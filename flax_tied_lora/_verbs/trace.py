@@ -63,7 +63,7 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
             for i, array in zip(traced, arrays, strict=True)
         ]
         context.reads.clear()
-        outputs = evaluate(context, closed.jaxpr, closed.consts, weights)
+        outputs = evaluate(context, closed, weights)
         for x in outputs:  # rows that were picked, and handed back
             if isinstance(x, Weight) and all(o.picked for o in x.origins):
                 context.returned(x)

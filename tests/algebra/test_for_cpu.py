@@ -85,7 +85,9 @@ def test_integers_wait_for_data():
         )
 
     assert dequantised(for_cpu.waited_for) == 2
-    assert dequantised(lambda x, values: lax.optimization_barrier((x, values))[1]) == 1
+    barrier = dequantised(lambda x, values: lax.optimization_barrier((x, values))[1])
+    # The XLA of jax 0.12 waits by itself; that of the jax for Python 3.11 does not.
+    assert barrier == (1 if jax.__version_info__ < (0, 11) else 2)
 
 
 def test_a_function_of_rows_has_their_memory():

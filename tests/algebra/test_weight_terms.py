@@ -61,7 +61,7 @@ def weight(*terms: Term) -> Weight:
 def run(function: Any, symbolic: Weight, **options: Any) -> tuple[Any, Context]:
     context = Context(leaves=INFO, **options)
     closed = jax.make_jaxpr(function)(TABLE)
-    return evaluate(context, closed.jaxpr, closed.consts, [symbolic])[0], context
+    return evaluate(context, closed, [symbolic])[0], context
 
 
 USES = {

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, Var
 
 from flax_tied_lora._algebra.term import Dense
 from flax_tied_lora._algebra.weight import Weight
@@ -31,6 +30,7 @@ from flax_tied_lora._interpreter.inner import (
     shown,
     shown_by,
 )
+from flax_tied_lora._interpreter.jaxprs import Jaxpr, Var, body, opened
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._interpreter.sites import Read
@@ -49,7 +49,7 @@ def jit(context, eqn, *operands):
     hot = one_hot_operands(context, eqn)
     built = rebuild(
         context, ("jit", inner, hot), lambda c, *xs: (evaluate_inner(c, inner, hot, xs), None),
-        hidden, avals_of(hidden, inner.jaxpr.invars), names,
+        hidden, avals_of(hidden, body(inner).invars), names,
     )  # fmt: skip
     met(context, built.reads, names)
     flat, _ = parts_of(hidden)
@@ -81,7 +81,7 @@ def jit(context, eqn, *operands):
         context, eqn, flat, built.jaxpr.out_avals, jaxpr=built.jaxpr,
         effects=built.jaxpr.effects, **changes,
     )  # fmt: skip
-    results = _forwarded(built.jaxpr.jaxpr, flat, results, outs)
+    results = _forwarded(body(built.jaxpr), flat, results, outs)
     return shown(jax.tree.unflatten(built.outputs, results), names)
 
 
@@ -111,45 +111,40 @@ def checkpoint(context, eqn, *operands):
     hot = one_hot_operands(context, eqn)
     built = rebuild(
         context, ("checkpoint", inner, hot),
-        lambda c, *xs: (evaluate_inner(c, ClosedJaxpr(inner, ()), hot, xs), None),
+        lambda c, *xs: (evaluate_inner(c, inner, hot, xs), None),
         hidden, avals_of(hidden, inner.invars), names,
     )  # fmt: skip
     met(context, built.reads, names)
     flat, _ = parts_of(hidden)
-    opened, consts = _opened(built.jaxpr)
+    program, consts = opened(built.jaxpr)
     results = run_with(
-        context, eqn, [*consts, *flat], built.jaxpr.out_avals, jaxpr=opened, effects=opened.effects
+        context,
+        eqn,
+        [*consts, *flat],
+        built.jaxpr.out_avals,
+        jaxpr=program,
+        effects=program.effects,
     )
     outs = jax.tree.unflatten(built.outputs, built.jaxpr.out_avals)
-    results = _forwarded(built.jaxpr.jaxpr, flat, results, outs)
+    results = _forwarded(body(built.jaxpr), flat, results, outs)
     return shown(jax.tree.unflatten(built.outputs, results), names)
-
-
-def _opened(closed: ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    """Returns a jaxpr that takes its constants as its first operands, and the constants."""
-    jaxpr = closed.jaxpr
-    info = DebugInfo("checkpoint", "tied_lora", None, None)
-    opened = Jaxpr(
-        (), [*jaxpr.constvars, *jaxpr.invars], jaxpr.outvars, jaxpr.eqns, jaxpr.effects, info
-    )
-    return opened, closed.consts
 
 
 @rule("cond")
 def cond(context, eqn, index, *operands):
     branches, (hidden, names) = eqn.params["branches"], hidden_names(operands)
     hot = one_hot_operands(context, eqn, skip=1)
-    avals = avals_of(hidden, branches[0].jaxpr.invars)
+    avals = avals_of(hidden, body(branches[0]).invars)
     flat, _ = parts_of(hidden)
 
     def build(symbolic: tuple[bool, ...]) -> list[Rebuilt]:
-        def body(branch: Any, c: Any, *xs: Any) -> tuple[list[Any], Any]:
+        def serve(branch: Any, c: Any, *xs: Any) -> tuple[list[Any], Any]:
             outs = zip(evaluate_inner(c, branch, hot, xs), symbolic, strict=True)
             return [x if keep else handed_back(c, [x])[0] for x, keep in outs], None
 
         return [
             rebuild(
-                context, ("cond", branch, hot, symbolic), functools.partial(body, branch),
+                context, ("cond", branch, hot, symbolic), functools.partial(serve, branch),
                 hidden, avals, names,
             )
             for branch in branches
@@ -158,7 +153,7 @@ def cond(context, eqn, index, *operands):
     # A result stays a weight where all branches make one of the same structure.
     probes = [
         jax.tree.unflatten(b.outputs, b.jaxpr.out_avals)
-        for b in build((True,) * len(branches[0].jaxpr.outvars))
+        for b in build((True,) * len(body(branches[0]).outvars))
     ]
     symbolic = tuple(_alike(outs) for outs in zip(*probes, strict=True))
     built = build(symbolic)
@@ -197,21 +192,21 @@ def shard_map(context, eqn, *operands):
             "turn dropout off with adapted.eval()"
         )
 
-    def body(*xs: Any) -> list[Any]:
+    def local_body(*xs: Any) -> list[Any]:
         shapes = [tuple(v.aval.shape) for v in p["jaxpr"].invars]
         local = [
             x.replace(shape=s) if isinstance(x, Weight) else x
             for x, s in zip(xs, shapes, strict=True)
         ]
         reads.clear()
-        return handed_back(inner, evaluate_inner(inner, ClosedJaxpr(p["jaxpr"], ()), hot, local))
+        return handed_back(inner, evaluate_inner(inner, p["jaxpr"], hot, local))
 
     specs = [
         _specs(x, spec) if isinstance(x, Weight) else spec
         for x, spec in zip(hidden, p["in_specs"], strict=True)
     ]
     outputs = jax.shard_map(
-        body, mesh=p["mesh"], in_specs=tuple(specs), out_specs=list(p["out_specs"]),
+        local_body, mesh=p["mesh"], in_specs=tuple(specs), out_specs=list(p["out_specs"]),
         axis_names=set(p[axes]), check_vma=p["check_vma"],
     )(*hidden)  # fmt: skip
     met(context, reads, names)

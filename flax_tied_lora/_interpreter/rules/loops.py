@@ -24,6 +24,7 @@ from flax_tied_lora._interpreter.inner import (
     is_same,
     one_hot_operands,
 )
+from flax_tied_lora._interpreter.jaxprs import body as body_of
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._tree.keys import is_key
@@ -152,7 +153,7 @@ def _scan_parts(eqn: Any, operands: Sequence[Any]) -> tuple[list[Any], list[Any]
 
     JAX's releases differ in how they say so; an axis more than in the body tells as well.
     """
-    inner = eqn.params["jaxpr"].jaxpr
+    inner = body_of(eqn.params["jaxpr"])
 
     def walks(outer: Any, within: Any) -> bool:
         return len(outer.aval.shape) > len(within.aval.shape)
