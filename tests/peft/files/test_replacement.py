@@ -122,7 +122,7 @@ def test_a_file_in_the_way(tmp_path):
     with pytest.raises(AdapterFileError, match="cannot make the directory: Not a directory"):
         write(tmp_path / "file" / "below")
     assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(AdapterFileError, match="cannot make the directory: .*embedded null"):
+    with pytest.raises(AdapterFileError, match=r"cannot make the directory: .*embedded null"):
         write(tmp_path / "nul\0")
 
 
