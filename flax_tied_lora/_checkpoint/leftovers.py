@@ -51,6 +51,10 @@ class Leftovers:
         """Removes what dead saves have left, if it is certain that none is alive."""
         if self._mine and self._alone():
             self._remove()
+            lock = Path(self._directory / LOCK)
+            if lock.exists():
+                with contextlib.suppress(CheckpointError, OSError), self._taken(lock):
+                    pass  # a dead process's: it goes as it is let go of
         self.end()
 
     def begin(self, only: bool = False) -> None:
@@ -67,7 +71,7 @@ class Leftovers:
         if only and is_local(self._directory):
             lock = Path(self._directory / LOCK)
             with explained("save: cannot write", self._directory):
-                self._only.enter_context(locked(lock, lock.parent, CheckpointError))
+                self._only.enter_context(self._taken(lock))
         if self._alone() is not False:
             self._remove()
         if self._handle is not None and fcntl is not None:
@@ -91,6 +95,9 @@ class Leftovers:
         if self._mine:
             with contextlib.suppress(OSError):
                 (self._directory / DELETED).rmtree(missing_ok=True)
+
+    def _taken(self, lock: Path) -> contextlib.AbstractContextManager[None]:
+        return locked(lock, lock.parent, CheckpointError)
 
     def _remove(self) -> None:
         self.remove_deleted()

@@ -113,7 +113,7 @@ class Manager:
         self._leftovers.begin(only=True)
         self._written = step
         with self._writing(f"save: step {step} in"):
-            self._orbax.reload()  # another Manager may have saved meanwhile
+            self._reload()  # another Manager may have saved meanwhile
             self._check_new(step)
             return self._orbax.save(step, args=args, metrics=metrics, force=force)
 
@@ -179,10 +179,7 @@ class Manager:
         return max(ranks, key=lambda s: ranks[s], default=None)
 
     def all_steps(self) -> list[int]:
-        """Returns the numbers of all steps, in order, the one that is being written included.
-
-        A directory that is named like a step and has no whole record of a checkpoint is none.
-        """
+        """Returns the numbers of all steps with a whole record, that being written included."""
         return [step for step in self._found() if not self._problem(step)]
 
     def wait_until_finished(self) -> None:
@@ -225,9 +222,12 @@ class Manager:
             if self._written is not None:
                 self._leftovers.failed(self._names.build_name(self._written))
             self._done()
-            with contextlib.suppress(OSError):  # Orbax has struck off those that were to go
-                self._orbax.reload()
+            self._reload()  # Orbax has struck off those that were to go
             raise
+
+    def _reload(self) -> None:
+        with contextlib.suppress(OSError):  # steps may be going meanwhile
+            self._orbax.reload()
 
     def _settle(self) -> None:
         """Waits for what Orbax still writes of a step that has failed, whatever comes of it."""
@@ -253,7 +253,7 @@ class Manager:
         if step > max(self._found(), default=-1):
             return
         self.wait_until_finished()  # what is being written may fail
-        self._orbax.reload()  # and somebody may have deleted steps
+        self._reload()  # and somebody may have deleted steps
         found = self._found()
         if not found or step > found[-1]:
             return

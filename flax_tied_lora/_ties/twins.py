@@ -15,7 +15,14 @@ from flax_tied_lora._tree.paths import is_tracer
 from flax_tied_lora._tree.processes import spread
 
 
-def twin_of(leaves: Mapping[str, Any], key: str, tied: Collection[str], table: bool) -> str | None:
+def tables(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves whose names say that they are tables."""
+    return {path: leaf for path, leaf in leaves.items() if is_table(path)}
+
+
+def twin_of(
+    leaves: Mapping[str, Any], key: str, tied: Collection[str], among: Mapping[str, Any]
+) -> str | None:
     """Returns a matrix that is not tied to one and has its values, as they are or transposed.
 
     One of the two has to be a table: of other matrices equal values are chance, or a start. What
@@ -24,13 +31,13 @@ def twin_of(leaves: Mapping[str, Any], key: str, tied: Collection[str], table: b
     Args:
       key: path of the one.
       tied: paths of all that are tied to it, itself included.
-      table: whether it is known to be a table.
+      among: the leaves that it is compared with: all with a table, tables with any other.
     """
     mine = _values(leaves[key])
     if mine is None:
         return None
-    for path, leaf in leaves.items():
-        if path in tied or not (table or is_table(path)):
+    for path, leaf in among.items():
+        if path in tied:
             continue
         other = _values(leaf)
         if other is None or other.dtype != mine.dtype:

@@ -22,7 +22,7 @@ from flax_tied_lora._ties.find import Ties, all_groups, ties_among
 from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._ties.lost import dropped
 from flax_tied_lora._ties.sources import CONFIG
-from flax_tied_lora._ties.twins import twin_of
+from flax_tied_lora._ties.twins import tables, twin_of
 from flax_tied_lora._tree.boxes import boxes_of
 from flax_tied_lora._tree.collector import collector_paused
 from flax_tied_lora._tree.foreign import quantized_by_qwix, refuse_models
@@ -169,8 +169,10 @@ def _warn_of_dropped(group: TieGroup, leaves: Mapping[str, Any]) -> None:
 
 
 def _warn_of_twins(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    named = tables(leaves)
     for group in plan.adapted:
-        twin = twin_of(leaves, group.key, [m.path for m in group.members], group.is_table)
+        among = leaves if group.is_table else named
+        twin = twin_of(leaves, group.key, [m.path for m in group.members], among)
         if twin is not None:
             warnings.warn(
                 f"wrap: {twin!r} has the values of {group.key!r} and is another array, as where a "
