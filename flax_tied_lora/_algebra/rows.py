@@ -112,7 +112,7 @@ class Rows(Term):
             return dataclasses.replace(self, values=self.values.times(scale))
         if scale.axes == self.slots.axes and len(scale.axes) == 1 and self.unique:
             wide = accumulator(scale.array.dtype)
-            each = jnp.take(scale.array.astype(wide), self.positions(), mode="fill", fill_value=0)
+            each = _at(scale.array.astype(wide), self.positions(), 0)
             return dataclasses.replace(self, values=self.values.times(Factor(each, (RANK,))))
         raise NotServedError
 
@@ -177,7 +177,13 @@ def product(
 
 def _of_slots(term: Rows, data: Factor, axis: Axis) -> Factor:
     """Returns of data what each slot's row is multiplied with."""
-    picked = jnp.take(
-        data.array, term.positions(), axis=data.axes.index(axis), mode="fill", fill_value=0
-    )
+    picked = _at(data.array, term.positions(), data.axes.index(axis))
     return Factor(picked, tuple(RANK if n == axis else n for n in data.axes))
+
+
+def _at(array: Array, positions: Array, axis: int) -> Array:
+    """Returns what stands at positions along an axis, 0 past its end."""
+    if not array.shape[axis]:  # an empty one, of which `jnp.take` takes nothing
+        shape = tuple(len(positions) if i == axis else n for i, n in enumerate(array.shape))
+        return jnp.zeros(shape, array.dtype)
+    return jnp.take(array, positions, axis=axis, mode="fill", fill_value=0)

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import flax_tied_lora as tied_lora
+from tests.helpers import oracle
 from tests.helpers.oracle import array, check, numbers
 from tests.helpers.small_models import TOKENS, TiedLM, init, wrapped
 from tests.interpreter.rules.test_lookup import BEYOND, OTHERS, ROWS
@@ -270,3 +271,15 @@ def test_columns_picked_twice_of_an_output_projection():
         return x @ params["head"]["kernel"][:, jnp.array([5, 5, 1, 0, 5])]
 
     check(fn, own, X, on_dense="allow")
+
+
+def test_parts_of_no_rows_after_a_scale():
+    """As a roll by no step makes of a table that was scaled row by row."""
+    params = {"embed": {"embedding": array(6, 4, seed=1)}}
+    adapted = oracle.wrapped(params, ["embed"], kind="rows")
+
+    def fn(params, scale):
+        w = params["embed"]["embedding"] / (2.0 + jnp.abs(scale))
+        return (w + jnp.roll(w, 0, 0) / 4)[jnp.array([0, 1, 5])]
+
+    check(fn, adapted, array(6, 1, seed=2), on_dense="allow")
