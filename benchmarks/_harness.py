@@ -63,6 +63,16 @@ def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> dict[str
     return {"median": middle, "quartile 1": low, "quartile 3": high}
 
 
+def beside_plain(what: str, seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Returns the figures of one kind: forward and gradient, adapted and by hand, over plain."""
+    found = {}
+    for name, beside in (("forward", ""), ("gradient", " gradient of the same leaves")):
+        for peer in ("adapted", "by hand"):
+            key = f"{what}{name}, {peer} / plain{beside}"
+            found[key] = ratio(seconds, f"{name}, {peer}", f"{name}, plain")
+    return found
+
+
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 

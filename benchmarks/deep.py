@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _harness import interleaved, medians, parser, ratio, store
+from _harness import beside_plain, interleaved, medians, parser, store
 from flax import linen as nn
 
 import flax_tied_lora as tied_lora
@@ -112,15 +112,6 @@ def cases(model: Any, by_hand: Any, params: Any) -> dict[str, Callable[[], Any]]
     }
 
 
-def ratios(layers: int, seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    found = {}
-    for name, beside in (("forward", ""), ("gradient", " gradient of the same leaves")):
-        for peer in ("adapted", "by hand"):
-            key = f"{layers:,} layers, {name}, {peer} / plain{beside}"
-            found[key] = ratio(seconds, f"{name}, {peer}", f"{name}, plain")
-    return found
-
-
 def of_model(
     model: Any, by_hand: Any, shapes: Mapping[str, Any], counts: Sequence[int], rounds: int
 ) -> dict[str, Any]:
@@ -136,7 +127,7 @@ def of_model(
         own["wrap"] = functools.partial(wrapped, params)
         seconds = interleaved(own, max(rounds * counts[0] // layers, LEAST), time.process_time)
         columns[f"seconds, {layers:,} layers"] = medians(seconds)
-        found |= ratios(layers, seconds)
+        found |= beside_plain(f"{layers:,} layers, ", seconds)
     (few, *_, many), (least, *_, most) = columns.values(), counts
     by_layer = {case: many[case] / most / (few[case] / least) for case in few}
     return {**columns, f"a layer, of {most:,} / of {least:,}": by_layer, **found}

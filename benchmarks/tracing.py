@@ -5,11 +5,9 @@ By hand: the same deltas written beside each product and the lookup, scaled afte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
-from _harness import interleaved, medians, ratio, rounds_from_arguments, store
+from _harness import beside_plain, interleaved, medians, rounds_from_arguments, store
 from flax import linen as nn
 from transformers import FlaxLlamaForCausalLM, LlamaConfig
 from transformers import logging as transformers_logging
@@ -19,16 +17,6 @@ import flax_tied_lora as tied_lora
 BATCH, LENGTH = 2, 128
 TARGETS = ["embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj"]
 TABLE, HEAD = "model/embed_tokens/embedding", "lm_head/kernel"
-
-
-def ratios(what: str, seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Returns the figures of one kind: adapted, and by hand, over plain."""
-    found = {}
-    for name, beside in (("forward", ""), ("gradient", " gradient of the same leaves")):
-        for peer in ("adapted", "by hand"):
-            key = f"{what}{name}, {peer} / plain{beside}"
-            found[key] = ratio(seconds, f"{name}, {peer}", f"{name}, plain")
-    return found
 
 
 def main() -> None:
@@ -115,8 +103,8 @@ def main() -> None:
             "rounds": rounds,
             "median seconds": medians(seconds),
             "median seconds to compile": medians(compiling),
-            **ratios("", seconds),
-            **ratios("compiling, ", compiling),
+            **beside_plain("", seconds),
+            **beside_plain("compiling, ", compiling),
         },
     )
 

@@ -2,9 +2,9 @@
 
 Files whose tests need what is not installed are left out, and the summary says which.
 
-Promotion is strict everywhere but in ``tests/models`` and ``tests/libraries``: there the models are
-other people's, and rely on JAX's usual rules. A single test elsewhere asks for those with the
-fixture ``standard_promotion``.
+Promotion is strict everywhere but where the models are other people's, or a program is run as its
+users run it (`OTHERS_MODELS`): these rely on JAX's usual rules. A single test elsewhere asks for
+those with the fixture ``standard_promotion``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,15 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-OTHERS_MODELS = {Path(__file__).parent / name for name in ("models", "libraries")}
+OTHERS_MODELS = {
+    Path(__file__).parent / name
+    for name in (
+        "models", "libraries", "against_torch", "features/test_quantized_smollm2.py",
+        "examples/test_finetune.py", "examples/test_finetune_stopped.py",
+        "examples/test_smollm2.py", "examples/test_on_a_mesh.py",
+        "examples/test_on_a_mesh_stopped.py",
+    )
+}  # fmt: skip
 # Where PyTorch's CPU build is not to be had (Python 3.12 and newer) the extra ``test`` installs
 # neither it nor a transformers with Flax classes. Only these files and folders need them.
 NEEDED = {
@@ -108,7 +116,7 @@ def jax_usual_promotion() -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def promotion_of_models(request: pytest.FixtureRequest) -> Iterator[None]:
     """Gives tests of other people's models JAX's usual promotion, their own fixtures included."""
-    usual = not OTHERS_MODELS.isdisjoint(request.path.parents)
+    usual = not OTHERS_MODELS.isdisjoint((request.path, *request.path.parents))
     with jax_usual_promotion() if usual else contextlib.nullcontext():
         yield
 

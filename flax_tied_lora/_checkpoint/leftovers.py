@@ -34,7 +34,8 @@ class Leftovers:
 
     Who saves holds a shared lock of the directory itself, which its process's death lets go of; who
     gets the lock alone knows that nobody else is saving. Cloud buckets and some file systems have
-    no locks: there the next save removes what it finds, and opening removes nothing.
+    no locks: there the next save removes what it finds, and opening removes nothing. A `Manager`
+    keeps others out while it saves, by a file that says which process it is.
 
     Args:
       directory: that checkpoints are saved into.

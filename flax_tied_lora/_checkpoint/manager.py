@@ -179,7 +179,7 @@ class Manager:
         return max(ranks, key=lambda s: ranks[s], default=None)
 
     def all_steps(self) -> list[int]:
-        """Returns the numbers of all steps with a whole record, that being written included."""
+        """Returns the numbers of all steps with a whole record, in order, or being written."""
         return [step for step in self._found() if not self._problem(step)]
 
     def wait_until_finished(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from flax_tied_lora._algebra.term import LowRank, Term
-from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._algebra.weight import MOST, Weight
 from flax_tied_lora._interpreter.sites import DENSE, DEQUANTISED, Read
 from flax_tied_lora._tree.table import cell
 
@@ -98,12 +98,12 @@ REASONS = (
         _names("div mul"),
     ),
     Reason(
-        "which adds data of the weight's own size to it, or makes more than 32 deltas of one "
+        f"which adds data of the weight's own size to it, or makes more than {MOST} deltas of one "
         "adapter: a matrix is made in any case",
         _names("add add_any sub"),
     ),
     Reason(
-        "which puts more than 32 deltas of one adapter together",
+        f"which puts more than {MOST} deltas of one adapter together",
         _names("concatenate stack"),
     ),
     Reason(

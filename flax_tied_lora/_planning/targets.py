@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flax_tied_lora._algebra.site_filter import OTHER, module_path
@@ -39,6 +39,29 @@ class UnmatchedTargetWarning(UserWarning):
     """An entry of target_modules named nothing while others did, or a pattern is for no target."""
 
     __module__ = "flax_tied_lora"
+
+
+def warn_unmatched(
+    text: str, unmatched: Sequence[str], names: Callable[[], Iterable[str]], *, stacklevel: int,
+    others: str = "So do",
+) -> None:  # fmt: skip
+    """Warns of names that mean nothing, the first of them one by one.
+
+    Args:
+      text: with a place for the name, and one for those nearby.
+      names: returns what there is.
+      stacklevel: of the caller's line, as `warnings.warn` has it.
+      others: how a sentence on those that are not shown begins.
+    """
+    known = list(names()) if unmatched else []
+    for number, name in enumerate(unmatched[:SHOWN], 1):
+        more = len(unmatched) - SHOWN if number == SHOWN else 0
+        warnings.warn(
+            f"wrap: {text.format(name, ', '.join(map(repr, nearby(name, known))))}"
+            + (f". {others} {more} more" if more > 0 else ""),
+            UnmatchedTargetWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def resolve(
@@ -99,15 +122,10 @@ def resolve(
         hints = [stacked_hint(config, t, t if whole else (t,), leaves) for t in few]
         hints += [_parts_hint(config, t, leaves) for t in few]
         raise ValueError(text + next(filter(None, hints), ""))
-    for number, target in enumerate(unmatched[:SHOWN], 1):
-        more = len(unmatched) - SHOWN if number == SHOWN else 0
-        warnings.warn(
-            f"wrap: {target!r} in target_modules names no leaf, module or call site; nearby: "
-            f"{', '.join(map(repr, nearby(target, _modules(leaves))))}"
-            + (f". So do {more} more" if more > 0 else ""),
-            UnmatchedTargetWarning,
-            stacklevel=6,
-        )
+    warn_unmatched(
+        "{!r} in target_modules names no leaf, module or call site; nearby: {}",
+        unmatched, lambda: _modules(leaves), stacklevel=6,
+    )  # fmt: skip
     return by_parameter | {key: tuple(dict.fromkeys(named)) for key, named in hits.items()}
 
 

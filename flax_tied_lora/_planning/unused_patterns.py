@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._config.patterns import FrozenMapping, pattern_value
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._planning.matches import Hits, by_part, numbered, part_names
-from flax_tied_lora._planning.targets import SHOWN, UnmatchedTargetWarning
+from flax_tied_lora._planning.targets import warn_unmatched
 from flax_tied_lora._ties.groups import TieGroup
 from flax_tied_lora._tree.paths import (
     describe,
@@ -20,7 +19,6 @@ from flax_tied_lora._tree.paths import (
     ending_with,
     matches,
     module_of,
-    nearby,
 )
 
 _NOTHING = object()
@@ -70,15 +68,11 @@ def _warn_of_exclusions(
     else:
         found = ending_with(excluded, ((name, [name]) for name in names))
         vain = [name for name in excluded if not found[dotted(name)]]
-    for number, name in enumerate(vain[:SHOWN], 1):
-        more = len(vain) - SHOWN if number == SHOWN else 0
-        warnings.warn(
-            f"wrap: {name!r} in exclude_modules names no leaf, module or call site, so nothing is "
-            f"excluded by it; nearby: {', '.join(map(repr, nearby(name, names)))}"
-            + (f". So do {more} more" if more > 0 else ""),
-            UnmatchedTargetWarning,
-            stacklevel=7,
-        )
+    warn_unmatched(
+        "{!r} in exclude_modules names no leaf, module or call site, so nothing is excluded by it; "
+        "nearby: {}",
+        vain, lambda: names, stacklevel=7,
+    )  # fmt: skip
 
 
 def _unused(mapping: FrozenMapping[Any], names: Iterable[str]) -> list[str]:
@@ -87,18 +81,10 @@ def _unused(mapping: FrozenMapping[Any], names: Iterable[str]) -> list[str]:
 
 
 def _warn(field: str, unused: Sequence[str], modules: Mapping[str, str]) -> None:
-    for number, pattern in enumerate(unused[:SHOWN], 1):
-        more = len(unused) - SHOWN if number == SHOWN else 0
-        _warn_of(field, pattern, modules, f". So are {more} more" if more > 0 else "")
-
-
-def _warn_of(field: str, pattern: str, modules: Mapping[str, str], more: str) -> None:
-    warnings.warn(
-        f"wrap: {pattern!r} in {field} is for no module that is adapted; these are: "
-        f"{', '.join(map(repr, nearby(pattern, modules)))}{more}",
-        UnmatchedTargetWarning,
-        stacklevel=8,
-    )
+    warn_unmatched(
+        f"{{!r}} in {field} is for no module that is adapted; these are: {{}}",
+        unused, lambda: modules, stacklevel=7, others="So are",
+    )  # fmt: skip
 
 
 def _refuse_layer(

@@ -17,13 +17,6 @@ def usual_rules() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def usual_promotion():
-    """transformers' models rely on JAX's usual promotion."""
-    with usual_rules():
-        yield
-
-
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> dict[str, Pair]:
     with usual_rules():

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import finetune_smollm2
-import jax
 import numpy as np
 import pytest
 import stages
@@ -20,13 +19,6 @@ import flax_tied_lora as tied_lora
 from tests.helpers.stopped import assert_same, state_in
 
 PROGRAM = Path(finetune_smollm2.__file__)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def usual_promotion():
-    """transformers' Flax classes rely on it, also when they are only made."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def test_a_run_from_start_to_end(whole_and_printed):

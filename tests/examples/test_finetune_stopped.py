@@ -22,13 +22,6 @@ from tests.helpers.stopped import assert_same, interrupt_at, state_in
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def usual_promotion():
-    """transformers' Flax classes rely on it, also when they are only made."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture
 def unloaded(monkeypatch):
     """The weights are not read: what is wrong is found before."""

@@ -24,12 +24,6 @@ PROGRAM = Path(finetune_on_a_mesh.__file__)
 SMALL = ["--width", "16", "--layers", "1", "--length", "16", "--rank", "2", "--save-every", "2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def usual_promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def run_here(*arguments: Any) -> str:
     """Runs the program on the eight devices of this process; returns what it printed."""
     printed = io.StringIO()

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import finetune_on_a_mesh
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -22,12 +21,6 @@ from tests.helpers.stopped import interrupt_at
 PROGRAM = Path(finetune_on_a_mesh.__file__)
 SMALL = ["--width", "16", "--layers", "1", "--length", "16", "--rank", "2", "--save-every", "2"]
 ON_EIGHT = [*SMALL, "--mesh", "data=8", "--steps", "6"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def usual_promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def main(*arguments: object) -> int:

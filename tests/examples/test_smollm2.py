@@ -117,13 +117,6 @@ def write(path: Path, stored: dict, *, arch: str = "llama", pre: str = "smollm",
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def usual_promotion():
-    """transformers' Flax classes rely on it, also when they are only made."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The PyTorch model, the path of its GGUF file and what ``load`` makes of it."""

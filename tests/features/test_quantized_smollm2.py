@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -13,13 +12,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import quantized
 
 STEPS = 100
-
-
-@pytest.fixture(scope="module", autouse=True)
-def usual_promotion():
-    """transformers' Flax classes rely on it, also when they are only made."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.mark.slow
