@@ -23,8 +23,10 @@ QUICK := tree config names ties planning interpreter algebra/test_factor.py \
 	algebra/test_site_filter.py algebra/test_weight_terms.py verbs/test_explain.py \
 	verbs/test_trace.py peft/files/test_strict_json.py vocabulary/test_leaves.py \
 	whole/test_architecture.py whole/test_mirror.py whole/test_oracle.py
-LONGER := interpreter/test_evaluate_differentiated.py planning/test_axes_shapes.py \
-	planning/test_fused.py planning/test_tying.py
+LONGER := interpreter/rules/test_collectives.py interpreter/rules/test_experts.py \
+	interpreter/rules/test_loops.py \
+	interpreter/test_evaluate_differentiated.py planning/test_axes_shapes.py planning/test_fused.py \
+	planning/test_tying.py
 
 quick: $(VENV)/.quick
 	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest $(SPREAD) $(addprefix tests/,$(QUICK)) \
