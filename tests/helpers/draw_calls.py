@@ -34,7 +34,7 @@ WALKS = {
     "vmap": "jax.vmap({f})({v})",
     "map": "lax.map({f}, {v})",
 }
-GRADIENT = "jax.grad(lambda w: jnp.sum(jnp.tanh({f}(w).astype(jnp.float32))))({v})"
+GRADIENT = "jax.grad(lambda w: jnp.sum(jnp.tanh(jnp.real({f}(w)).astype(jnp.float32))))({v})"
 
 
 def call(m: Maker, v: Value, depth: int) -> Value | None:

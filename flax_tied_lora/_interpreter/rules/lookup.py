@@ -170,10 +170,11 @@ def _filled(array: Array, eqn: Any, indices: Any, fill: Any) -> Array:
 def _as_differentiated(array: Array, eqn: Any, indices: Any) -> Array:
     """Returns what was picked, with no derivative where an index is out of bounds.
 
-    That is how JAX has the mode of ``table[ids]``, which promises that none is: the last row is
-    picked, and what the gradient brings for it is dropped.
+    That is how JAX has all modes but the clamped one: that of ``table[ids]`` promises that no index
+    is out, picks the last row and drops its gradient; where a value is filled in, which may be NaN,
+    a gradient that is NaN would reach the factor that is not indexed.
     """
-    if eqn.params.get("mode") != lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+    if "mode" not in eqn.params or _is_clamped(eqn):
         return array
 
     @jax.custom_jvp

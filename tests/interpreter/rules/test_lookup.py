@@ -97,6 +97,20 @@ def test_promised_in_bounds_and_out_of_them(form, kind):
     check(lambda params: PROMISED[form](table(params)), adapted)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "rows", "copy", "quantized"])
+@pytest.mark.parametrize("mode", ["fill", "clip", "promise_in_bounds"])
+def test_a_loss_that_is_nan_out_of_bounds_has_the_merged_gradients(mode, kind):
+    """What `jnp.take` fills in makes the loss NaN, and no gradient of a row that is there."""
+    adapted = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"], kind=kind)
+
+    def fn(params):
+        return jnp.tanh(table(params).at[BEYOND].get(mode=mode)), jax.grad(
+            lambda w: jnp.sum(jnp.tanh(w.at[BEYOND[3]].get(mode=mode)))
+        )(table(params))
+
+    check(fn, adapted, on_dense="allow")
+
+
 @pytest.mark.parametrize("form", ["layers", "one entry", "constant"])
 def test_a_promise_not_kept_where_what_is_picked_stays_a_weight(form):
     adapted = labelled((3, 4, 5), (1,), (2,))
