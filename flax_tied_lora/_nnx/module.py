@@ -201,8 +201,7 @@ def _call(
     result, done = evaluated_call(owner, function, Context(owner.on_dense), args, kwargs)
     if owner.on_dense == "warn":
         warn_of_dense(numbered(done.context.reads), stacklevel=4)
-    if expect_all:
-        warn_of_unread(done.context.reads, done.adapteds, stacklevel=4)
+    warn_of_unread(done.context.reads, done.adapteds, stacklevel=4, expect_all=expect_all)
     kinds = (nnx.Pytree, nnx.Variable)  # are not flattened
     return jax.tree.map(
         lambda x: owner if x is owner.module else x, result, is_leaf=lambda x: isinstance(x, kinds)
