@@ -14,9 +14,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from flax_tied_lora._adapters.adapted import Adapted, check_adapted, shapes_of
+from flax_tied_lora._adapters.plain_factors import plain as plain_form
 from flax_tied_lora._names.axis_maps import Padding, Scale
 from flax_tied_lora._names.layout import TorchWeight
 from flax_tied_lora._names.mapping import Names
+from flax_tied_lora._peft.adapter.as_written import note_of
 from flax_tied_lora._peft.adapter.base_tensors import (
     base_entries,
     is_resized,
@@ -32,6 +34,7 @@ from flax_tied_lora._peft.adapter.parameters import (
     parameters_of_leaves,
     with_kind,
 )
+from flax_tied_lora._peft.adapter.plain_form import partners, zero_factors
 from flax_tied_lora._peft.adapter.saved_config import config_of
 from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._peft.files.safetensors_write import TensorSource
@@ -46,6 +49,7 @@ def save_adapter(
     directory: str | os.PathLike[str], adapted: Adapted, names: Names, *,
     base_model_name_or_path: str | None = None, dtype: DTypeLike | None = None,
     overwrite: bool = False, save_embedding_layers: bool | Literal["auto"] = "auto",
+    plain: bool = False,
 ) -> None:  # fmt: skip
     """Writes adapters as PEFT's ``save_pretrained`` does: config and safetensors, no base.
 
@@ -68,6 +72,11 @@ def save_adapter(
         in PyTorch has other rows for them. ``"auto"``: if the base model is a local directory whose
         ``config.json`` has another ``vocab_size``. (PEFT's "auto" also writes them where the
         embedding has factors.)
+      plain: whether to write what any reader of ``lora_A``, ``lora_B``, ``r`` and ``lora_alpha``
+        serves right: `arithmetic.plain` of the adapters, every module by its full name, and factors
+        of zeros for modules that servers fuse with adapted ones (query, key and value; gate and
+        up). It is loaded again as this plain adapter, and is the same function. Factors that
+        started from the weight want ``arithmetic.plain(adapted, params)`` first.
 
     Raises:
       TypeError: not an `Adapted`.
@@ -96,6 +105,8 @@ def save_adapter(
     adapted = adapted.replace(
         adapters=gathered(adapted.adapters), scaling=gathered(adapted.scaling)
     )
+    if plain:
+        adapted = _plain(adapted)
     adapters = _torch_adapters(adapted, names)
     modules = _kinds_of_modules(adapted, names)
     config = config_of(adapted, adapters, modules, names, base_model_name_or_path)
@@ -107,6 +118,10 @@ def save_adapter(
             stored = np.dtype(dtype or array.dtype)
             get = functools.partial(_values, tensor, array, stored)
             entries.append(TensorSource(tensor.name, tensor.shape, stored, get))
+    if plain:
+        others = partners({m for a in adapters for m in a.modules}, leaves, names)
+        entries += zero_factors(others, config["r"], np.dtype(dtype or np.float32))
+        config |= {"target_modules": sorted({m for a in adapters for m in a.modules} | {*others})}
     entries += _rest_of_saved(adapted, adapters, names, {entry.name for entry in entries})
     base_model = config["base_model_name_or_path"]
     if save_embedding_layers == "auto":
@@ -117,7 +132,16 @@ def save_adapter(
         refuse_other_vocabulary(adapted, adapters, names)
     text = json.dumps(config, indent=2, allow_nan=False)
     entries.sort(key=lambda entry: entry.name)
-    write_adapter(directory, text, entries, overwrite=overwrite)
+    note = {} if plain else note_of(adapted.plan.config.to_dict(), config)
+    metadata = {"format": "pt", **note}
+    write_adapter(directory, text, entries, metadata=metadata, overwrite=overwrite)
+
+
+def _plain(adapted: Adapted) -> Adapted:
+    try:
+        return plain_form(adapted)
+    except ValueError as error:
+        raise AdapterFileError(f"save_adapter: plain=True: {error}") from error
 
 
 def _values(tensor: FileTensor, array: Any, dtype: np.dtype) -> np.ndarray:
