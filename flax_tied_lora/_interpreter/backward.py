@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from flax_tied_lora._interpreter.jaxprs import Jaxpr, body, jaxprs_in_params
+from flax_tied_lora._interpreter.jaxprs import Jaxpr, body, programs_inside
 from flax_tied_lora._interpreter.sites import module_scope
 
 TRANSPOSED = "transpose("
@@ -18,9 +18,16 @@ RECOMPUTED = "rematted_computation"
 def is_backward(scope: str) -> bool:
     """Returns whether an operation with this name stack belongs to a backward pass.
 
-    Transposed twice it is what it was; and so is what a checkpoint's backward pass computes again.
+    Transposed twice it is what it was. What a checkpoint's backward pass computes again belongs to
+    none; and where a backward pass calls another, as that of ``jax_remat3`` does, the inner counts.
     """
-    return (scope.count(TRANSPOSED) - scope.count(RECOMPUTED)) % 2 == 1
+    times = 0
+    for part in scope.split("/"):
+        if RECOMPUTED in part:
+            times = 0
+        elif TRANSPOSED in part:
+            times = part.count(TRANSPOSED)
+    return times % 2 == 1
 
 
 @functools.cache
@@ -47,5 +54,5 @@ def _products(jaxpr: Jaxpr, outside: str = "") -> Iterator[str]:
         scope = "/".join(s for s in (outside, str(eqn.source_info.name_stack)) if s)
         if eqn.primitive.name == "dot_general":
             yield scope
-        for inner in jaxprs_in_params(eqn.params):
+        for inner in programs_inside(eqn):
             yield from _products(inner, scope)

@@ -17,7 +17,7 @@ from flax_tied_lora._interpreter.backward import is_backward, marks_are_known
 from flax_tied_lora._interpreter.costs import Cost, cost_beyond_plain, total
 from flax_tied_lora._interpreter.equations import run
 from flax_tied_lora._interpreter.evaluate import evaluate
-from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Var
+from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Var, operation_of
 from flax_tied_lora._interpreter.materialised import (
     DensifyError,
     bytes_of,
@@ -253,7 +253,7 @@ class Context:
 
     def dense(self, eqn: JaxprEqn, weight: Weight) -> Any:
         """Returns a weight materialised, and reports it unless it is an array as it stands."""
-        return self._materialised(eqn.primitive.name, weight)
+        return self._materialised(operation_of(eqn), weight)
 
     def returned(self, weight: Weight) -> Any:
         """Returns a weight materialised because the function hands it back."""

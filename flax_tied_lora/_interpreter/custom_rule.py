@@ -140,6 +140,8 @@ def _computed(*operands: Any, jaxpr: Any, call: _Call) -> list[Any]:
 
 
 custom_rule_p.def_impl(_computed)
+# Asked for where the program inside applies a `HiPrim`.
+custom_rule_p.to_lojax = _computed
 mlir.register_lowering(custom_rule_p, mlir.lower_fun(_computed, multiple_results=True))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.custom_rule import NAME, carried, custom_rule, served
-from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Primitive
+from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Primitive, operation_of
 from flax_tied_lora._interpreter.protocols import Rule, RuleContext
 from flax_tied_lora._interpreter.same_function import CUSTOM_CALLS, is_call_of
 from flax_tied_lora._tree.foreign import loaded_type
@@ -117,11 +117,12 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def find(eqn: JaxprEqn) -> Rule | None:
     """Returns the rule for an equation, or None."""
-    if eqn.primitive.name in CUSTOM_CALLS:
+    name = operation_of(eqn)
+    if name in CUSTOM_CALLS:
         known = next((rule for f, rule in _CUSTOM.items() if is_call_of(eqn, f)), None)
         if found := known or carried(eqn):
             return found
-    return _RULES.get(eqn.primitive.name)
+    return _RULES.get(name)
 
 
 def apply(context: RuleContext, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -153,6 +154,6 @@ def _checked(eqn: JaxprEqn, outputs: Any) -> list[Any]:
     else:
         return list(outputs)
     raise ValueError(
-        f"adapt: the rule for {eqn.primitive.name!r} returned {found}; expected a list of outputs "
+        f"adapt: the rule for {operation_of(eqn)!r} returned {found}; expected a list of outputs "
         f"of shapes {shapes}, or NotImplemented"
     )
