@@ -35,6 +35,9 @@ several::
 Without a layout, a leaf called ``kernel`` is [in, out] and transposed in PyTorch, one whose name
 ends with ``embedding`` is [rows, columns] in both, and any other leaf has one axis. Whether a
 matrix is an embedding or a linear layer is said by a kind, or by call sites; not by a name.
+
+Keras passes params as a list: `by_path` makes a dict of them, with the variables' paths for leaf paths,
+and `in_order` the list again.
 """  # noqa: E501 - a table reads best a line a line
 
 from flax_tied_lora._names.axis_map import AxisMap as AxisMap
@@ -56,6 +59,8 @@ from flax_tied_lora._names.state_dict import Entry as Entry
 from flax_tied_lora._names.state_dict import from_state_dict as from_state_dict
 from flax_tied_lora._names.state_dict import state_entries as state_entries
 from flax_tied_lora._names.state_dict import to_state_dict as to_state_dict
+from flax_tied_lora._names.variables import by_path as by_path
+from flax_tied_lora._names.variables import in_order as in_order
 
 __all__ = [
     "FAMILIES",
@@ -70,9 +75,11 @@ __all__ = [
     "Tie",
     "TorchWeight",
     "UnmappedError",
+    "by_path",
     "from_state_dict",
     "from_torch_array",
     "from_torch_arrays",
+    "in_order",
     "names_of",
     "state_entries",
     "to_state_dict",
