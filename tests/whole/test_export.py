@@ -129,7 +129,7 @@ def check(program: Callable[..., Any], adapted: Any, shape: str, sizes: Any) -> 
     def step(adapters: Any, ids: Any, run: Any = served) -> Any:
         def total(adapters: Any) -> Any:
             out = run(adapted.replace(adapters=adapters), ids)
-            # Weighted, not bent: where a sine's slope is small, it magnifies how logits are rounded.
+            # Weighted, not bent: where a sine's slope is small, it magnifies roundings.
             places = jnp.arange(out.size, dtype=out.dtype).reshape(out.shape)
             return jnp.sum(out * jnp.cos(places)), out
 
