@@ -14,7 +14,7 @@ from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter.jaxprs import Primitive, closed, jaxpr_as_fun, opened
 from flax_tied_lora._interpreter.protocols import Rule
 from flax_tied_lora._interpreter.registry import rule as register
-from flax_tied_lora._interpreter.tracing import Calls, filling
+from flax_tied_lora._interpreter.tracing import Calls, filling, is_traced
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,7 +62,7 @@ def custom_rule(fn: Callable[P, R], rule: Rule) -> Callable[P, R]:
     @functools.wraps(fn, updated=())
     def ruled(*args: P.args, **kwargs: P.kwargs) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
-        places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+        places = [i for i, x in enumerate(leaves) if is_traced(x)]
         fill = filling(tree, leaves, places)
         arrays = [leaves[i] for i in places]
         traced, outputs = Calls(fn, fill).jaxpr([jax.typeof(x) for x in arrays])

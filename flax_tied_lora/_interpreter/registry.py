@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import jax
-import numpy as np
 
 from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.weight import Weight
@@ -140,7 +139,7 @@ def _checked(eqn: JaxprEqn, outputs: Any) -> list[Any]:
     shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
     if not isinstance(outputs, list | tuple):
         found = f"a {type(outputs).__name__}"
-    elif (given := [np.shape(x) for x in outputs]) != shapes:
+    elif (given := [*map(_shape, outputs)]) != shapes:
         found = f"outputs of shapes {given}"
     else:
         return list(outputs)
@@ -148,3 +147,8 @@ def _checked(eqn: JaxprEqn, outputs: Any) -> list[Any]:
         f"adapt: the rule for {operation_of(eqn)!r} returned {found}; expected a list of outputs "
         f"of shapes {shapes}, or NotImplemented"
     )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Returns the shape of a weight, or of a value of any type that JAX was told of."""
+    return value.shape if isinstance(value, Weight) else getattr(jax.typeof(value), "shape", ())
