@@ -43,9 +43,10 @@ def register_rule(operation: Operation, rule: Any = None) -> Any:
     weights are materialised. `custom_rule` makes a function that carries its rule with it.
 
     Args:
-      operation: a `jax.extend.core.Primitive` or its name; or a function made with
-        `jax.custom_vjp` or `jax.custom_jvp` that takes arrays one by one. Without a rule the weight
-        that enters it is materialised, so that its author's derivative is kept.
+      operation: a `jax.extend.core.Primitive` or its name, ``"module.class"`` for a
+        `jax.experimental.hijax.HiPrim`; or a function made with `jax.custom_vjp` or
+        `jax.custom_jvp` that takes arrays one by one. Without a rule the weight that enters it is
+        materialised, so that its author's derivative is kept.
       rule: the rule.
 
     Raises:

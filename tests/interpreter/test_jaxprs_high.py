@@ -138,16 +138,18 @@ def test_checkpoints(options, inside):
     assert bool(barriers) == (options.get("prevent_cse") is not False)
 
 
-def test_policy_and_flags_of_a_checkpoint_are_kept():
+@pytest.mark.parametrize("flags", [(), DIFFERENTIABLE])
+def test_policy_and_flags_of_a_checkpoint_are_kept(flags):
     policy = jax.checkpoint_policies.dots_saveable
 
     def fn(params, x):
         layer = jax.checkpoint(product, policy=policy, prevent_cse=(True, False))
         return layer(table(params), x)
 
-    with coming(*DIFFERENTIABLE):
+    with coming(*flags):
+        assert served(check(fn, TABLE, X)) == [LOW_RANK]
         traced = jax.make_jaxpr(lambda x: tied_lora.adapt(fn)(TABLE, x))(X)
-    (eqn,) = [e for e in body(traced).eqns if operation_of(e) == "checkpoint"]
+    (eqn,) = [e for e in body(traced).eqns if operation_of(e) in ("checkpoint", "remat2")]
     kept = parameters_of(eqn)["prevent_cse"]
     assert parameters_of(eqn)["policy"] is policy
     assert (kept[-1], set(kept[:-1])) == (False, {True})  # the weight's parts, and the data
