@@ -1,9 +1,9 @@
 # Each target makes its own environment in .venv and installs what it needs: Python 3.11+ and pip
-# are all that has to be there. `make PYTHON=python3.12 test` picks another Python.
+# are all that has to be there. `make test PYTHON=python3.13` picks another, for .venv-python3.13.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
-VENV := .venv
+VENV := .venv$(if $(filter command line,$(origin PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
@@ -101,7 +101,7 @@ bench-long: $(VENV)/.bench
 	$(BIN)/python benchmarks/_report.py
 
 clean:
-	rm -rf $(VENV) .venv-tpu dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* dist .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found" >&2; exit 1; }
@@ -113,7 +113,7 @@ $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[$*]"
 	@touch $@
 
-# tunix and gemma, without the dependencies that their models do not use.
+# The libraries of docs/libraries/, without the dependencies that their models do not use.
 $(VENV)/.libraries: tests/libraries/requirements.txt | $(VENV)/.test
 	$(PIP) --no-deps -r $<
 	@touch $@

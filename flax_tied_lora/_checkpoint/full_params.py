@@ -18,7 +18,7 @@ from flax_tied_lora._planning.plan import Plan
 from flax_tied_lora._ties.find import Ties, find_ties
 from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._tree.foreign import refuse_models
-from flax_tied_lora._tree.paths import flatten, is_marker, path_name
+from flax_tied_lora._tree.paths import flatten, is_marker, named_leaves, path_name
 from flax_tied_lora._tree.quantized_array import FOUR_BITS, QTYPES, QuantizedArray, is_quantized
 
 
@@ -96,7 +96,7 @@ def restore_params(
         target = template_of(path / "params", items["params"])
         with explained("restore_params: damaged record in", path, "restore another checkpoint"):
             target = _quantized(target, {n: x for n, x in stored.items() if n not in copies})
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(target, is_leaf=_is_leaf)
+    pairs, treedef = named_leaves(target, _is_leaf)
     names = [path_name(p) for p, _ in pairs]
     leaves = [x for _, x in pairs]
     _check_members(path, dict(zip(names, leaves, strict=True)), copies, stored)

@@ -11,9 +11,16 @@ import jax
 from jax.interpreters import ad, batching, mlir
 
 from flax_tied_lora._algebra.weight import Weight
-from flax_tied_lora._interpreter.jaxprs import Primitive, closed, jaxpr_as_fun, opened
+from flax_tied_lora._interpreter.jaxprs import (
+    JaxprEqn,
+    Primitive,
+    body,
+    closed,
+    jaxpr_as_fun,
+    opened,
+    programs_inside,
+)
 from flax_tied_lora._interpreter.protocols import Rule
-from flax_tied_lora._interpreter.registry import rule as register
 from flax_tied_lora._interpreter.tracing import Calls, filling, is_traced
 
 P = ParamSpec("P")
@@ -90,8 +97,8 @@ class _Call:
     closed_over: int
 
 
-@register(NAME)
-def _served(context: Any, eqn: Any, *operands: Any) -> Any:
+def served(context: Any, eqn: Any, *operands: Any) -> Any:
+    """Returns what the rule of a function returns for a call of it: the rule of the primitive."""
     call: _Call = eqn.params["call"]
     closed_over, arrays = operands[: call.closed_over], operands[call.closed_over :]
     if any(isinstance(x, Weight) for x in closed_over):
@@ -101,6 +108,29 @@ def _served(context: Any, eqn: Any, *operands: Any) -> Any:
     if outputs is NotImplemented:
         return NotImplemented
     return jax.tree.leaves(outputs, is_leaf=lambda x: isinstance(x, Weight))
+
+
+def carried(eqn: JaxprEqn) -> Rule | None:
+    """Returns the rule of a call whose program is a call of a function that has one, or None.
+
+    So a derivative of its own can be around the function: `jax.custom_vjp` and its like.
+    """
+    program = body(programs_inside(eqn)[0])
+    if [e.primitive.name for e in program.eqns] != [NAME]:
+        return None
+    (inner,) = program.eqns
+    places: dict[Any, int] = {v: i for i, v in enumerate(program.invars)}
+    results: dict[Any, int] = {v: i for i, v in enumerate(inner.outvars)}
+    if not all(v in places for v in inner.invars) or not all(v in results for v in program.outvars):
+        return None  # a constant, or an operand that is handed back
+
+    def rule(context: Any, equation: Any, *operands: Any) -> Any:
+        outputs = served(context, inner, *[operands[places[v]] for v in inner.invars])
+        if outputs is NotImplemented:
+            return NotImplemented
+        return [outputs[results[v]] for v in program.outvars]
+
+    return rule
 
 
 # To every transformation the operation is the program inside.

@@ -15,15 +15,17 @@ import jax
 
 from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.weight import Weight
+from flax_tied_lora._interpreter.custom_rule import NAME, carried, custom_rule, served
 from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Primitive, operation_of
 from flax_tied_lora._interpreter.protocols import Rule, RuleContext
 from flax_tied_lora._interpreter.same_function import CUSTOM_CALLS, is_call_of
+from flax_tied_lora._tree.foreign import loaded_type
 
 R = TypeVar("R", bound=Rule)
 # What jax.custom_vjp returns has no public type.
 Operation = Primitive | str | Callable[..., Any]
 
-_RULES: dict[str, Rule] = {}
+_RULES: dict[str, Rule] = {NAME: served}
 _CUSTOM: dict[Callable[..., Any], Rule] = {}
 
 
@@ -46,7 +48,9 @@ def register_rule(operation: Operation, rule: Any = None) -> Any:
       operation: a `jax.extend.core.Primitive` or its name, ``"module.class"`` for a
         `jax.experimental.hijax.HiPrim`; or a function made with `jax.custom_vjp` or
         `jax.custom_jvp` that takes arrays one by one. Without a rule the weight that enters it is
-        materialised, so that its author's derivative is kept.
+        materialised, so that its author's derivative is kept. Or what
+        ``equinox.filter_custom_vjp`` made: its ``fn`` is then a `custom_rule`, so that each call
+        is known, and the rule gets what it was called with, as a rule of `custom_rule` does.
       rule: the rule.
 
     Raises:
@@ -70,6 +74,9 @@ def register_rule(operation: Operation, rule: Any = None) -> Any:
     elif isinstance(operation, jax.custom_vjp | jax.custom_jvp):
         _refuse_hidden_inputs(operation)
         _CUSTOM[operation] = rule
+    elif isinstance(operation, loaded_type("equinox", "filter_custom_vjp")):
+        filtered: Any = operation
+        filtered.fn = custom_rule(filtered.fn, rule)
     else:
         raise TypeError(
             "register_rule: expected a jax.extend.core.Primitive, its name, or a jax.custom_vjp "
@@ -112,7 +119,9 @@ def find(eqn: JaxprEqn) -> Rule | None:
     """Returns the rule for an equation, or None."""
     name = operation_of(eqn)
     if name in CUSTOM_CALLS:
-        return next((rule for f, rule in _CUSTOM.items() if is_call_of(eqn, f)), None)
+        known = next((rule for f, rule in _CUSTOM.items() if is_call_of(eqn, f)), None)
+        if found := known or carried(eqn):
+            return found
     return _RULES.get(name)
 
 

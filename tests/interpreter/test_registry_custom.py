@@ -156,3 +156,14 @@ def test_a_custom_function_that_closes_over_something_gets_no_rule():
 
     with pytest.raises(ValueError, match="'scaled' closes over scale; functions that differ"):
         tied_lora.register_rule(make(2.0), lambda *_: NotImplemented)
+
+
+def test_a_rule_by_the_primitives_name_is_for_functions_without_one(monkeypatch):
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+    @tied_lora.register_rule("custom_vjp_call")
+    def _(context: Any, eqn: Any, x: Any, w: Any) -> Any:
+        return [context.evaluate(lambda x, w: jnp.sum((x @ w.T) ** 2), x, w)]
+
+    explained = tied_lora.explain(lambda p, x: doubled_loss(x, table(p)), TABLE, X)
+    assert served(explained) == [("dot_general", "low rank")]
