@@ -13,6 +13,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,16 +84,23 @@ NEEDED = {
         "whole/test_docs.py::test_page_runs[docs/losses.md",
         "whole/test_docs.py::test_page_runs[docs/vocabulary.md",
     ),
+    # Flags for the forms that programs are to take, and objects of one's own in them.
+    "jax>=0.11": ("interpreter/test_jaxprs_high.py",),
 }  # fmt: skip
 # Compiled programs are never dropped by JAX itself; past this much a worker starts again from none.
 CACHE_LIMIT_KIB = 3 * 1024 * 1024
 
 
 def is_installed(needed: str) -> bool:
-    name, _, below = needed.partition("<")
+    name, bound, limit = re.fullmatch(r"([a-z]+)(?:(<|>=)([\d.]+))?", needed).groups()
     if importlib.util.find_spec(name) is None:
         return False
-    return not below or int(importlib.metadata.version(name).split(".")[0]) < int(below)
+    if bound is None:
+        return True
+    found, wanted = (
+        [int(n) for n in v.split(".")[:2]] for v in (importlib.metadata.version(name), limit)
+    )
+    return found < wanted if bound == "<" else found >= wanted
 
 
 # By what they need: asked of every worker, and of the process that collects nothing itself.

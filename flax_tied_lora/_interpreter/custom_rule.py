@@ -18,9 +18,10 @@ from flax_tied_lora._interpreter.jaxprs import (
     closed,
     jaxpr_as_fun,
     opened,
+    programs_inside,
 )
 from flax_tied_lora._interpreter.protocols import Rule
-from flax_tied_lora._interpreter.tracing import Calls, filling
+from flax_tied_lora._interpreter.tracing import Calls, filling, is_traced
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,7 +69,7 @@ def custom_rule(fn: Callable[P, R], rule: Rule) -> Callable[P, R]:
     @functools.wraps(fn, updated=())
     def ruled(*args: P.args, **kwargs: P.kwargs) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
-        places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+        places = [i for i, x in enumerate(leaves) if is_traced(x)]
         fill = filling(tree, leaves, places)
         arrays = [leaves[i] for i in places]
         traced, outputs = Calls(fn, fill).jaxpr([jax.typeof(x) for x in arrays])
@@ -114,7 +115,7 @@ def carried(eqn: JaxprEqn) -> Rule | None:
 
     So a derivative of its own can be around the function: `jax.custom_vjp` and its like.
     """
-    program = body(eqn.params["call_jaxpr"])
+    program = body(programs_inside(eqn)[0])
     if [e.primitive.name for e in program.eqns] != [NAME]:
         return None
     (inner,) = program.eqns

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import jax
-import numpy as np
 
 from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.weight import Weight
@@ -46,9 +45,10 @@ def register_rule(operation: Operation, rule: Any = None) -> Any:
     weights are materialised. `custom_rule` makes a function that carries its rule with it.
 
     Args:
-      operation: a `jax.extend.core.Primitive` or its name; or a function made with
-        `jax.custom_vjp` or `jax.custom_jvp` that takes arrays one by one. Without a rule the weight
-        that enters it is materialised, so that its author's derivative is kept. Or what
+      operation: a `jax.extend.core.Primitive` or its name, ``"module.class"`` for a
+        `jax.experimental.hijax.HiPrim`; or a function made with `jax.custom_vjp` or
+        `jax.custom_jvp` that takes arrays one by one. Without a rule the weight that enters it is
+        materialised, so that its author's derivative is kept. Or what
         ``equinox.filter_custom_vjp`` made: its ``fn`` is then a `custom_rule`, so that each call
         is known, and the rule gets what it was called with, as a rule of `custom_rule` does.
       rule: the rule.
@@ -149,7 +149,7 @@ def _checked(eqn: JaxprEqn, outputs: Any) -> list[Any]:
     shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
     if not isinstance(outputs, list | tuple):
         found = f"a {type(outputs).__name__}"
-    elif (given := [np.shape(x) for x in outputs]) != shapes:
+    elif (given := [*map(_shape, outputs)]) != shapes:
         found = f"outputs of shapes {given}"
     else:
         return list(outputs)
@@ -157,3 +157,8 @@ def _checked(eqn: JaxprEqn, outputs: Any) -> list[Any]:
         f"adapt: the rule for {operation_of(eqn)!r} returned {found}; expected a list of outputs "
         f"of shapes {shapes}, or NotImplemented"
     )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Returns the shape of a weight, or of a value of any type that JAX was told of."""
+    return value.shape if isinstance(value, Weight) else getattr(jax.typeof(value), "shape", ())
