@@ -11,6 +11,7 @@ from flax_tied_lora._names import (
     gemma_tables,
     kerashub_tables,
     maxtext_tables,
+    t5x_tables,
     transformers_tables,
     tunix_tables,
 )
@@ -22,7 +23,7 @@ _FAMILIES = {**transformers_tables.FAMILIES, **tunix_tables.FAMILIES, **gemma_ta
 # Those that have other leaves in models with as many key heads as heads.
 _FUSED = {**tunix_tables.FUSED, **gemma_tables.FUSED}
 # Those whose table depends on the model's config, and on how many rows PyTorch's table has.
-_CONFIGURED = {**maxtext_tables.FAMILIES, **kerashub_tables.FAMILIES}
+_CONFIGURED = {**maxtext_tables.FAMILIES, **kerashub_tables.FAMILIES, **t5x_tables.FAMILIES}
 FAMILIES: tuple[str, ...] = (*_FAMILIES, *_CONFIGURED)
 
 
@@ -31,6 +32,7 @@ _OF_CONFIGS = (
     gemma_tables.gemma_family,
     maxtext_tables.maxtext_family,
     kerashub_tables.kerashub_family,
+    t5x_tables.t5x_family,
 )
 
 
@@ -47,8 +49,8 @@ def names_of(
     Args:
       model: a family's name (``FAMILIES`` lists them), a transformers config, a dict with its
         ``model_type`` (a ``config.json``), a tunix ``ModelConfig``, a gemma ``TransformerConfig``,
-        a MaxText config, a KerasHub backbone or task, or None for any other model, whose whole
-        table is ``extra``.
+        a MaxText config, a KerasHub backbone or task, a T5X ``T5Config``, or None for any other
+        model, whose whole table is ``extra``.
       extra: further lines, which take precedence over the family's: see `flax_tied_lora.names`.
       tie_word_embeddings: whether input and output are tied; by default what the config says, or
         the family's own default.

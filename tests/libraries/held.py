@@ -114,8 +114,8 @@ def row_of(held: Held, folder: Path) -> tuple[str, ...]:
 def _tie(held: Held) -> str:
     assert {s.role for s in held.sites.of(held.table)} == {"lookup", "projection"}
     if held.ties is None:
-        [group] = tied_lora.find_ties(held.params, sites=held.sites)
-        assert (group.key, group.found) == (held.table, ("data flow",))
+        groups = {g.key: g for g in tied_lora.find_ties(held.params, sites=held.sites)}
+        assert groups[held.table].found == ("data flow",)
         return "found"
     return "declared"
 
