@@ -26,7 +26,8 @@ axis along which the leaf is sliced, or one line with a placeholder of the PyTor
     ("layers/mlp/up/kernel", "model.layers.{layer}.mlp.up_proj.weight", "{layer} in out -> out in")
 
 A dict behind them has the maps of axes, by their name in the layout, where a library stores its
-leaf otherwise than axis by axis: `Scale`, `Permutation`, `Interleaved`, `Padding`, or several::
+leaf otherwise than axis by axis: `Scale`, `Offset`, `Permutation`, `Interleaved`, `Padding`, or
+several::
 
     ("layers_{}/attn/q/kernel", "model.layers.{}.self_attn.q_proj.weight",
      "in heads dim -> (heads dim) in", {"dim": (Interleaved(), Scale(8.0))})
@@ -41,6 +42,7 @@ and `in_order` the list again.
 
 from flax_tied_lora._names.axis_maps import AxisMap as AxisMap
 from flax_tied_lora._names.axis_maps import Interleaved as Interleaved
+from flax_tied_lora._names.axis_maps import Offset as Offset
 from flax_tied_lora._names.axis_maps import Padding as Padding
 from flax_tied_lora._names.axis_maps import Permutation as Permutation
 from flax_tied_lora._names.axis_maps import Scale as Scale
@@ -66,6 +68,7 @@ __all__ = [
     "Entry",
     "Interleaved",
     "Names",
+    "Offset",
     "Padding",
     "Permutation",
     "Scale",

@@ -1,7 +1,7 @@
-"""Linear maps on one axis, for leaves that are stored scaled, in another order, or padded.
+"""Maps on one axis, for leaves that are stored scaled, shifted, in another order, or padded.
 
 A map says what PyTorch's axis is, given the leaf's: which of the leaf's entries each of its entries
-is (`AxisMap.order`), times one number (`AxisMap.factor`).
+is (`AxisMap.order`), times one number (`AxisMap.factor`), plus another (`AxisMap.offset`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class AxisMap:
-    """A linear map from an axis of a Flax leaf to the same axis in PyTorch, and back.
+    """A map from an axis of a Flax leaf to the same axis in PyTorch, and back.
 
-    `Scale`, `Permutation`, `Interleaved` and `Padding` are the maps that there are. A line of a
+    `Scale`, `Offset`, `Permutation`, `Interleaved` and `Padding` are the maps that there are. A line of a
     table of names takes one for an axis, or several, which are applied in order on the way to
     PyTorch, and in the other order on the way back.
     """
@@ -28,6 +28,11 @@ class AxisMap:
     def factor(self) -> float:
         """What every entry is multiplied by on the way to PyTorch; never 0."""
         return 1.0
+
+    @property
+    def offset(self) -> float:
+        """What is added to every entry on the way to PyTorch."""
+        return 0.0
 
     def order(self, size: int) -> np.ndarray | None:
         """Returns for each entry of PyTorch's axis which of the leaf's it is; None: it is the same.
@@ -58,14 +63,15 @@ class AxisMap:
         Raises:
           ValueError: the map is not for an axis of this size, or scales integers.
         """
-        return scaled(to_torch_order(array, [(axis, self)]), self.factor)
+        return scaled(to_torch_order(array, [(axis, self)]), self.factor, self.offset)
 
     def from_torch(self, array: np.ndarray, axis: int = 0) -> np.ndarray:
         """Returns an array with PyTorch's axis as the leaf has it: the inverse of `to_torch`.
 
         What PyTorch lacks is 0, and what the leaf lacks is left out. Raises as `to_torch`.
         """
-        return scaled(from_torch_order(array, [(axis, self)]), 1 / self.factor)
+        array = from_torch_order(array, [(axis, self)])
+        return scaled(array, 1 / self.factor, -self.offset / self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +103,30 @@ class Scale(AxisMap):
 
     @property
     def factor(self) -> float:
+        return self.by
+
+
+@dataclasses.dataclass(frozen=True)
+class Offset(AxisMap):
+    """The parameter is the leaf plus a number: a norm's scale that one of both stores less 1.
+
+    It is the only map of its line, which is a vector's: no low-rank delta meets it.
+
+    Raises:
+      ValueError: the number is not finite.
+
+    >>> Offset(-1.0).to_torch(np.array([1.0, 3.0]))
+    array([0., 2.])
+    """
+
+    by: float
+
+    def __post_init__(self):
+        if not (isinstance(self.by, (int, float)) and math.isfinite(self.by)):
+            raise ValueError(f"Offset({self.by!r}): expected a finite number")
+
+    @property
+    def offset(self) -> float:
         return self.by
 
 
@@ -228,6 +258,11 @@ def factor_of(maps: Iterable[tuple[int, AxisMap]]) -> float:
     return math.prod(axis_map.factor for _, axis_map in maps)
 
 
+def offset_of(maps: Iterable[tuple[int, AxisMap]]) -> float:
+    """Returns what all maps together add."""
+    return math.fsum(axis_map.offset for _, axis_map in maps)
+
+
 def torch_sizes(sizes: Sequence[int], maps: Maps) -> tuple[int, ...]:
     """Returns the sizes of axes in PyTorch, given the leaf's; raises as `AxisMap.order`."""
     result = list(sizes)
@@ -267,18 +302,18 @@ def order_of(size: int, maps: Iterable[AxisMap]) -> np.ndarray:
     return to_torch_order(entries, [(0, axis_map) for axis_map in maps]) - 1
 
 
-def scaled(array: np.ndarray, factor: float) -> np.ndarray:
-    """Returns an array times a number, computed in float32 or wider and rounded once.
+def scaled(array: np.ndarray, factor: float, offset: float = 0.0) -> np.ndarray:
+    """Returns an array times a number plus another, computed in float32 or wider, rounded once.
 
     Raises:
       ValueError: the array is not floating point.
     """
-    if factor == 1:
+    if factor == 1 and not offset:
         return array
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise ValueError(f"found {array.dtype}, which is not scaled; expected floating point")
     wide = at_least_float32(array.dtype)
-    return (array.astype(wide) * wide.type(factor)).astype(array.dtype)
+    return (array.astype(wide) * wide.type(factor) + wide.type(offset)).astype(array.dtype)
 
 
 def at_least_float32(dtype: np.dtype) -> np.dtype:

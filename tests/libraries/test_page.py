@@ -1,4 +1,8 @@
-"""docs/libraries.md runs as it stands. Its blocks are marked ``no-run`` for who has no tunix."""
+"""The pages of docs/libraries/ run as they stand.
+
+Their blocks are marked ``no-run`` for who has not the library, and then no page of the others
+runs them. A page whose library has an environment of its own has its test there.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,13 @@ from tests.whole.test_docs import ROOT, run_page
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("page", "blocks"), [("tunix", 4), ("gemma", 1)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_page_runs(tmp_path, monkeypatch):
+def test_page_runs(page, blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = ROOT / "docs" / "libraries.md"
-    text = page.read_text()
-    assert text.count("```python no-run") == text.count("```python") == 5
+    file = ROOT / "docs" / "libraries" / f"{page}.md"
+    text = file.read_text()
+    assert text.count("```python no-run") == text.count("```python") == blocks
     # As importing tunix leaves it; here it was imported before, and the setting put back.
     with flax.config.temp_flip_flag("always_shard_variable", False):
-        run_page(text.replace("```python no-run", "```python"), str(page))
+        run_page(text.replace("```python no-run", "```python"), str(file))

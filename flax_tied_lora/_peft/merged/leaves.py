@@ -47,7 +47,7 @@ class Leaf(NamedTuple):
 
     def torch(self, weight: TorchWeight) -> np.ndarray:
         """Returns a PyTorch parameter that the leaf is, or that is a slice of it; rounded once."""
-        wide = self.dtype if weight.factor == 1 else at_least_float32(self.dtype)
+        wide = self.dtype if weight.is_exact else at_least_float32(self.dtype)
         return to_torch_array(self.get(weight.part, wide), weight.of_slice, self.dtype)
 
 
