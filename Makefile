@@ -105,7 +105,7 @@ $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[$*]"
 	@touch $@
 
-# tunix and gemma, without the dependencies that their models do not use.
+# The libraries of docs/libraries/, without the dependencies that their models do not use.
 $(VENV)/.libraries: tests/libraries/requirements.txt | $(VENV)/.test
 	$(PIP) --no-deps -r $<
 	@touch $@

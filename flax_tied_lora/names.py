@@ -2,8 +2,8 @@
 
 `names_of` returns the table of names of a family (`FAMILIES` lists them): transformers' Flax GPT-2,
 GPT-Neo, OPT, BLOOM, Llama, Mistral, Gemma, BERT, RoBERTa, T5 and BART, tunix's Qwen 2 and 3,
-Llama 3, Gemma 2 and 3, and DeepMind's Gemma 2 and 3. For any other model you give the table, a line
-for each kind of leaf. `to_state_dict` and `from_state_dict` convert whole params with it, and
+Llama 3, Gemma 2 and 3, DeepMind's Gemma 2 and 3, MaxText's Llama, Qwen 3, Gemma 2 and 3, KerasHub's
+Llama 3, Qwen 3 and Gemma 1 to 3. For any other model you give the table, a line for each kind of leaf. `to_state_dict` and `from_state_dict` convert whole params with it, and
 `flax_tied_lora.peft` reads and writes adapters with it::
 
     names = names_of("gpt2")
@@ -40,7 +40,7 @@ Keras passes params as a list: `by_path` makes a dict of them, with the variable
 and `in_order` the list again.
 """  # noqa: E501 - a table reads best a line a line
 
-from flax_tied_lora._names.axis_maps import AxisMap as AxisMap
+from flax_tied_lora._names.axis_map import AxisMap as AxisMap
 from flax_tied_lora._names.axis_maps import Interleaved as Interleaved
 from flax_tied_lora._names.axis_maps import Offset as Offset
 from flax_tied_lora._names.axis_maps import Padding as Padding

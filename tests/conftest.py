@@ -70,9 +70,12 @@ OTHERS_MODELS = {
     )
 }  # fmt: skip
 # Where PyTorch's CPU build is not to be had (Python 3.12 and newer) the extra ``test`` installs
-# neither it nor a transformers with Flax classes. Only these files and folders need them.
+# neither it nor a transformers with Flax classes. Only these files and folders need them. MaxText
+# is for Python 3.12 and newer.
 NEEDED = {
-    "torch": ("against_torch", "examples/test_smollm2.py", "libraries/test_gemma.py"),
+    "torch": ("against_torch", "examples/test_smollm2.py", "libraries/test_gemma.py",
+              "libraries/test_reference.py"),
+    "maxtext": ("libraries/test_maxtext.py",),
     "transformers<5": (
         "examples/test_finetune.py", "features/test_quantized_smollm2.py", "models",
         "whole/test_training_loops.py",

@@ -88,7 +88,9 @@ _MORE_NORMS = {
 }
 
 FAMILIES: dict[str, Callable[[Any, int | None], Family]] = {
-    "kerashub/llama3": lambda model, _: _llama_like(model, *_attention("self_attention", _IN_HEADS)),
+    "kerashub/llama3": lambda model, _: _llama_like(
+        model, *_attention("self_attention", _IN_HEADS)
+    ),
     "kerashub/qwen3": lambda model, _: _llama_like(
         model,
         *_attention(

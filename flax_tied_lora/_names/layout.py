@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_tied_lora._names.axis_maps import (
+from flax_tied_lora._names.axis_map import (
     AxisMap,
     factor_of,
     from_torch_order,

@@ -8,7 +8,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._names.axis_maps import AxisMap, Offset
+from flax_tied_lora._names.axis_map import AxisMap
+from flax_tied_lora._names.axis_maps import Offset
 from flax_tied_lora._names.layout import KINDS, MATRIX, TorchWeight
 from flax_tied_lora._names.layout_text import Layout, parse_layout
 from flax_tied_lora._tree.paths import leaf_name

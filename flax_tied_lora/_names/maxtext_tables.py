@@ -14,11 +14,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flax_tied_lora._names.axis_maps import AxisMap, Interleaved, Offset, Padding, Scale
+from flax_tied_lora._names.axis_map import AxisMap
+from flax_tied_lora._names.axis_maps import Interleaved, Offset, Padding, Scale
 from flax_tied_lora._names.family import Family, config_field
-from flax_tied_lora._names.line import Line, make_line
+from flax_tied_lora._names.line import make_line
 
 _IN_HEADS = "in heads dim -> (heads dim) in"
+_HEADS_OUT = "heads dim out -> out (heads dim)"
 _PROJECTIONS = (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
 _GEMMA_NORMS = {
     "pre_self_attention_norm": "input_layernorm",
@@ -65,79 +67,80 @@ def _field(config: Any, name: str) -> Any:
     return value
 
 
-def _family(
-    config: Any,
-    vocab_size: int | None,
-    places: Iterator[_Place],
-    *,
-    norms: Mapping[str, str],
-    query: tuple[AxisMap, ...] = (),
-    key: tuple[AxisMap, ...] = (),
-    head_norms: bool = False,
-    table: tuple[AxisMap, ...] = (),
-    gemma: bool = False,
-) -> Family:
-    """Returns what is known of a family.
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What a family has of its own.
 
-    Args:
-      places: of the layers.
+    Attributes:
       norms: ``{Flax module: PyTorch module}`` of a layer's.
       query, key: maps of a head's entries.
       head_norms: whether queries and keys are normalised.
       table: maps of the input embedding's columns.
-      gemma: whether norms are stored 1 more than in PyTorch.
+      offset: what norms have more than in PyTorch.
     """
-    scan_axis = _field(config, "param_scan_axis") if _field(config, "scan_layers") else 0
-    norm_maps = {"d": Offset(-1.0)} if gemma else {}
-    lines: list[Line] = []
 
-    def add(place: _Place, module: str, name: str, layout: str, maps: Any = None) -> None:
-        left, arrow, right = layout.partition(" -> ")
-        axes = left.split()
-        if place.index is not None:
-            axes.insert(scan_axis, place.index)
-        first, slash, rest = module.partition("/")
-        path = f"{place.path}/{first}{place.half}{slash}{rest}"
-        kind = "vector" if " " not in left else "linear"
-        layout = " ".join(axes) + arrow + right
-        lines.append(make_line((path, f"{place.name}.{name}.weight", layout, kind, maps or {})))
+    norms: Mapping[str, str]
+    query: tuple[AxisMap, ...] = ()
+    key: tuple[AxisMap, ...] = ()
+    head_norms: bool = False
+    table: tuple[AxisMap, ...] = ()
+    offset: float = 0.0
 
-    for place in places:
-        for ours, theirs, maps in (("query", "q", query), ("key", "k", key), ("value", "v", ())):
-            leaf, name = f"self_attention/{ours}/kernel", f"self_attn.{theirs}_proj"
-            add(place, leaf, name, _IN_HEADS, {"dim": maps} if maps else None)
-        out = "heads dim out -> out (heads dim)"
-        add(place, "self_attention/out/kernel", "self_attn.o_proj", out)
+    @property
+    def norm_maps(self) -> dict[str, AxisMap]:
+        return {"d": Offset(-self.offset)} if self.offset else {}
+
+    def layer(self) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+        """Yields Flax path, PyTorch module, layout and maps of each leaf of a layer."""
+        attention = {"query": ("q", self.query), "key": ("k", self.key), "value": ("v", ())}
+        for ours, (theirs, maps) in attention.items():
+            of_heads = {"dim": maps} if maps else {}
+            yield f"self_attention/{ours}/kernel", f"self_attn.{theirs}_proj", _IN_HEADS, of_heads
+        yield "self_attention/out/kernel", "self_attn.o_proj", _HEADS_OUT, {}
         for ours, theirs in _PROJECTIONS:
-            add(place, f"mlp/{ours}/kernel", f"mlp.{theirs}_proj", "in out -> out in")
-        of_heads = {"query": "q", "key": "k"} if head_norms else {}
-        inner = {f"self_attention/{f}_norm": f"self_attn.{t}_norm" for f, t in of_heads.items()}
-        for ours, theirs in (norms | inner).items():
-            add(place, f"{ours}/scale", theirs, "d -> d", norm_maps)
+            yield f"mlp/{ours}/kernel", f"mlp.{theirs}_proj", "in out -> out in", {}
+        inner = {"query": "q", "key": "k"} if self.head_norms else {}
+        heads = {f"self_attention/{f}_norm": f"self_attn.{t}_norm" for f, t in inner.items()}
+        for ours, theirs in {**self.norms, **heads}.items():
+            yield f"{ours}/scale", theirs, "d -> d", self.norm_maps
+
+
+def _family(config: Any, vocab_size: int | None, places: Iterator[_Place], form: _Form) -> Family:
+    """Returns what is known of a family with layers in these places."""
+    scan_axis = _field(config, "param_scan_axis") if _field(config, "scan_layers") else 0
     rows = _padding(_field(config, "vocab_size"), vocab_size)
-    columns = {"column": table} if table else {}
     embedding, head = "token_embedder/embedding", "decoder/logits_dense/kernel"
-    tied = bool(_field(config, "logits_via_embedding"))
+    of_table = {"column": form.table} if form.table else {}
+    of_rows = {"row": rows} if rows else {}
+    lines = [
+        (embedding, "model.embed_tokens.weight", None, "embedding", {**of_table, **of_rows}),
+        (head, "lm_head.weight", None, "linear", {"out": rows} if rows else {}),
+        ("decoder/decoder_norm/scale", "model.norm.weight", "d -> d", "vector", form.norm_maps),
+    ]
+    for place in places:
+        for leaf, module, layout, maps in form.layer():
+            left, arrow, right = layout.partition(" -> ")
+            axes = left.split()
+            kind = "linear" if len(axes) > 1 else "vector"
+            if place.index is not None:
+                axes.insert(scan_axis, place.index)
+            first, slash, rest = leaf.partition("/")
+            path = f"{place.path}/{first}{place.half}{slash}{rest}"
+            name = f"{place.name}.{module}.weight"
+            lines.append((path, name, " ".join(axes) + arrow + right, kind, maps))
     return Family(
-        (
-            *lines,
-            make_line((embedding, "model.embed_tokens.weight", "row column -> row column",
-                       "embedding", {**columns, **({"row": rows} if rows else {})})),
-            make_line((head, "lm_head.weight", "in out -> out in", "linear",
-                       {"out": rows} if rows else {})),
-            make_line(("decoder/decoder_norm/scale", "model.norm.weight", "d -> d", "vector",
-                       norm_maps)),
-        ),
+        tuple(map(make_line, lines)),
         embedding,
-        tied=tied,
+        tied=bool(_field(config, "logits_via_embedding")),
         head_leaf=head,
         ignored=(r"(.*\.)?rotary_emb\.inv_freq",),
-    )  # fmt: skip
+    )
 
 
 def _padding(rows: int, vocab_size: int | None) -> Padding | None:
-    same = vocab_size is None or rows == vocab_size
-    return None if same else Padding(leaf=rows, torch=vocab_size)
+    if vocab_size is None or rows == vocab_size:
+        return None
+    return Padding(leaf=rows, torch=vocab_size)
 
 
 def _layers(config: Any) -> Iterator[_Place]:
@@ -153,11 +156,12 @@ def _llama(config: Any, vocab_size: int | None) -> Family:
     names = (str(config_field(config, "model_name")), _value(config_field(config, "rope_type")))
     turned = (Interleaved(),) if any(n.startswith("llama3.1") for n in names) else ()
     query = (*turned, Scale(math.sqrt(_field(config, "head_dim"))))
-    return _family(config, vocab_size, _layers(config), norms=_LLAMA_NORMS, query=query, key=turned)
+    form = _Form(_LLAMA_NORMS, query=query, key=turned)
+    return _family(config, vocab_size, _layers(config), form)
 
 
 def _qwen3(config: Any, vocab_size: int | None) -> Family:
-    return _family(config, vocab_size, _layers(config), norms=_LLAMA_NORMS, head_norms=True)
+    return _family(config, vocab_size, _layers(config), _Form(_LLAMA_NORMS, head_norms=True))
 
 
 def _gemma2(config: Any, vocab_size: int | None) -> Family:
@@ -172,9 +176,8 @@ def _gemma2(config: Any, vocab_size: int | None) -> Family:
 
     query = (Scale(math.sqrt(_field(config, "head_dim"))),)
     table = (Scale(1 / math.sqrt(_field(config, "emb_dim"))),)
-    return _family(
-        config, vocab_size, places(), norms=_GEMMA_NORMS, query=query, table=table, gemma=True
-    )
+    form = _Form(_GEMMA_NORMS, query=query, table=table, offset=1.0)
+    return _family(config, vocab_size, places(), form)
 
 
 def _gemma3(config: Any, vocab_size: int | None) -> Family:
@@ -193,10 +196,8 @@ def _gemma3(config: Any, vocab_size: int | None) -> Family:
 
     # Its converter rounds the root to bfloat16; that of Gemma 2 does not.
     root = float(np.asarray(math.sqrt(_field(config, "emb_dim"))).astype(jnp.bfloat16))
-    return _family(
-        config, vocab_size, places(), norms=_GEMMA_NORMS, head_norms=True,
-        table=(Scale(1 / root),), gemma=True,
-    )  # fmt: skip
+    form = _Form(_GEMMA_NORMS, head_norms=True, table=(Scale(1 / root),), offset=1.0)
+    return _family(config, vocab_size, places(), form)
 
 
 FAMILIES: dict[str, Callable[[Any, int | None], Family]] = {

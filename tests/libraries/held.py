@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.flatten_util
 import numpy as np
+import optax
 from safetensors.numpy import load_file
 
 import flax_tied_lora as tied_lora
@@ -76,6 +77,21 @@ class Held:
         config = tied_lora.LoraConfig(r=2, lora_alpha=4, target_modules=self.targets)
         wrapped = tied_lora.wrap(self.params, config, sites=self.sites, **declared)
         return quarters(wrapped)
+
+
+def optax_step(call: Callable[..., Any], params: Any, targets: list[str]) -> tuple[float, float]:
+    """Trains one step of AdamW; returns the loss before it and behind it."""
+    lora = tied_lora.LoraConfig(r=2, target_modules=targets)
+    adapted = tied_lora.wrap(params, lora, sites=tied_lora.trace(call, params, TOKENS))
+
+    def loss(adapted: Any) -> Any:
+        return comparing.loss_of(tied_lora.adapt(call)(adapted, TOKENS), TOKENS)
+
+    optimizer = optax.adamw(1e-3)
+    before, grads = compiled(tied_lora.value_and_grad(loss))(adapted)
+    updates, _ = optimizer.update(grads, optimizer.init(adapted.adapters), adapted.adapters)
+    adapters = optax.apply_updates(adapted.adapters, updates)
+    return float(before), float(loss(adapted.replace(adapters=adapters)))
 
 
 def quarters(adapted: tied_lora.Adapted) -> tied_lora.Adapted:

@@ -1,8 +1,4 @@
-"""The pages of docs/libraries/ run as they stand.
-
-Their blocks are marked ``no-run`` for who has not the library, and then no page of the others
-runs them. A page whose library has an environment of its own has its test there.
-"""
+"""The pages of tunix and gemma in docs/libraries/ run as they stand."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import pytest
 
 from tests.libraries import gemma_models as gemma_models  # its import of gemma, without TensorFlow
 from tests.libraries import tunix_models as tunix_models
-from tests.whole.test_docs import ROOT, run_page
+from tests.libraries.pages import run_library_page
 
 
 @pytest.mark.slow
@@ -19,9 +15,6 @@ from tests.whole.test_docs import ROOT, run_page
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_page_runs(page, blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = ROOT / "docs" / "libraries" / f"{page}.md"
-    text = file.read_text()
-    assert text.count("```python no-run") == text.count("```python") == blocks
     # As importing tunix leaves it; here it was imported before, and the setting put back.
     with flax.config.temp_flip_flag("always_shard_variable", False):
-        run_page(text.replace("```python no-run", "```python"), str(file))
+        run_library_page(page, blocks)

@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
          "num_layers": 2, "num_heads": HEADS, "dropout_rate": 0.0,
          "feed_forward_proj": "gated-gelu", "tie_word_embeddings": True,
          "decoder_start_token_id": 0},
-        # PEFT lists T5's table once and replaces one name of it: an adapter there changes no lookup.
+        # Not the table: PEFT replaces one of its names, and no lookup of T5 is by that.
         ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
     ),
 }  # fmt: skip

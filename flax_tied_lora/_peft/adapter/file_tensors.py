@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from flax_tied_lora._algebra.factor import RANK
-from flax_tied_lora._names.axis_maps import (
+from flax_tied_lora._names.axis_map import (
     Maps,
-    Padding,
     factor_of,
     from_torch_order,
     offset_of,
@@ -25,6 +24,7 @@ from flax_tied_lora._names.axis_maps import (
     to_torch_order,
     torch_sizes,
 )
+from flax_tied_lora._names.axis_maps import Padding
 from flax_tied_lora._names.layout import MATRIX, TorchWeight
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter
 from flax_tied_lora._peft.files.errors import AdapterFileError

@@ -17,7 +17,7 @@ from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._adapters.terms import weights_of
 from flax_tied_lora._adapters.untie import untied_leaves
 from flax_tied_lora._algebra.weight import Weight
-from flax_tied_lora._names.axis_maps import at_least_float32
+from flax_tied_lora._names.axis_map import at_least_float32
 from flax_tied_lora._names.layout import TorchWeight, index_of, to_torch_array
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, GroupPlan, Plan
 from flax_tied_lora._tree.foreign import refuse_models
