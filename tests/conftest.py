@@ -64,19 +64,21 @@ OTHERS_MODELS = {
     Path(__file__).parent / name
     for name in (
         "models", "libraries", "against_torch", "features/test_quantized_smollm2.py",
-        "examples/test_finetune.py", "examples/test_finetune_stopped.py",
-        "examples/test_smollm2.py", "examples/test_on_a_mesh.py",
-        "examples/test_on_a_mesh_stopped.py",
+        "examples/test_finetune.py", "examples/test_finetune_chat.py",
+        "examples/test_finetune_peft.py", "examples/test_finetune_refused.py",
+        "examples/test_finetune_stopped.py", "examples/test_llama.py", "examples/test_smollm2.py",
+        "examples/test_on_a_mesh.py", "examples/test_on_a_mesh_stopped.py",
     )
 }  # fmt: skip
 # Where PyTorch's CPU build is not to be had (Python 3.12 and newer) the extra ``test`` installs
 # neither it nor a transformers with Flax classes. Only these files and folders need them.
 NEEDED = {
-    "torch": ("against_torch", "examples/test_smollm2.py", "libraries/test_gemma.py"),
-    "transformers<5": (
-        "examples/test_finetune.py", "features/test_quantized_smollm2.py", "models",
-        "whole/test_training_loops.py",
+    "torch": (
+        "against_torch", "examples/test_finetune_peft.py", "examples/test_llama.py",
+        "examples/test_smollm2.py",
+        "libraries/test_gemma.py",
     ),
+    "transformers<5": ("models", "whole/test_training_loops.py"),
 }  # fmt: skip
 # Compiled programs are never dropped by JAX itself; past this much a worker starts again from none.
 CACHE_LIMIT_KIB = 3 * 1024 * 1024
