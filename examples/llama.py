@@ -11,16 +11,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import families
 import jax
 import jax.numpy as jnp
 import rotary
 from flax import nnx
 from rotary import Rope
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"]
 # Of each layer, keys and values [batch, slots, heads, dim].
 Cache = list[tuple[jax.Array, jax.Array]]
 
@@ -63,53 +63,39 @@ class Config:
         Raises:
           ValueError: the model is of another family, or what it does is not known here.
         """
-        kind = found.get("model_type")
-        if kind not in FAMILIES:
-            raise ValueError(f"model_type is {kind!r}: expected one of {', '.join(FAMILIES)}")
-        gemma = kind.startswith("gemma")
-        get = {name: value for name, value in found.items() if value is not None}.get
+        found = families.completed(found)
+        kind, gemma = found["model_type"], found["model_type"].startswith("gemma")
         try:
             width, heads = found["hidden_size"], found["num_attention_heads"]
-            dim = get("head_dim", 256 if gemma else width // heads)
-            scale = get("query_pre_attn_scalar", dim) if gemma else dim
-            bias = get("attention_bias", kind == "qwen2")
+            dim = found.get("head_dim") or width // heads
+            bias = found["attention_bias"] or kind == "qwen2"
             return cls(
                 **{name: found[name] for name in (
                     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                    "num_attention_heads",
+                    "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "mlp_bias",
+                    "tie_word_embeddings",
                 )},
-                num_key_value_heads=get("num_key_value_heads", heads),
+                num_key_value_heads=found.get("num_key_value_heads") or heads,
                 head_dim=dim,
-                max_position_embeddings=get("max_position_embeddings", 2048),
-                rms_norm_eps=get("rms_norm_eps", 1e-6),
-                tie_word_embeddings=get("tie_word_embeddings", gemma or kind == "smollm3"),
                 ropes=rotary.ropes(found, dim),
-                windows=_windows(found),
-                activation=_activation(get, gemma),
+                windows=families.windows(found),
+                activation=_activation(found, gemma),
                 attention_bias=bias,
                 output_bias=bias and kind != "qwen2",
-                mlp_bias=get("mlp_bias", False),
                 query_key_norms=kind in ("qwen3", "gemma3_text"),
                 norms_around=kind in ("gemma2", "gemma3_text"),
                 norm_offset=float(gemma),
                 embedding_scale=math.sqrt(width) if gemma else 1.0,
-                query_scale=scale**-0.5,
-                attention_cap=get("attn_logit_softcapping"),
-                logit_cap=get("final_logit_softcapping"),
+                query_scale=(found.get("query_pre_attn_scalar") or dim) ** -0.5,
+                attention_cap=found.get("attn_logit_softcapping"),
+                logit_cap=found.get("final_logit_softcapping"),
             )  # fmt: skip
         except KeyError as error:
             raise ValueError(f"the config of this {kind} model has no {error}") from None
 
 
-def _windows(found: Mapping[str, Any]) -> tuple[int | None, ...]:
-    off = found["model_type"] == "qwen2" and not found.get("use_sliding_window")
-    size = None if off else found.get("sliding_window")
-    types = rotary.layer_types(found)
-    return tuple(size if kind == "sliding_attention" else None for kind in types)
-
-
-def _activation(get: Callable[..., Any], gemma: bool) -> str:
-    name = get("hidden_activation") or get("hidden_act", "silu")
+def _activation(found: Mapping[str, Any], gemma: bool) -> str:
+    name = found.get("hidden_activation") or found.get("hidden_act") or "silu"
     if gemma:  # "gelu" in the first configs is meant to be this one
         name = "gelu_pytorch_tanh" if name in ("gelu", "silu") else name
     if name not in ("silu", "gelu_pytorch_tanh"):
@@ -284,9 +270,8 @@ class Llama(nnx.Module):
         return self.lm_head.kernel[...].T
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        dtype = self.model.norm.weight[...].dtype
         shape = batch, slots, self.config.num_key_value_heads, self.config.head_dim
-        zeros = jnp.zeros(shape, dtype)
+        zeros = jnp.zeros(shape, self.model.norm.weight[...].dtype)
         return [(zeros, zeros) for _ in range(self.config.num_hidden_layers)]
 
     def _hidden(self, tokens: Any, positions: Any, cache: Any, mask: Any) -> tuple[jax.Array, Any]:

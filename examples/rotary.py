@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,56 +18,29 @@ class Rope(NamedTuple):
     frequencies: tuple[float, ...]
 
 
-def layer_types(found: Mapping[str, Any]) -> list[str]:
-    """Returns ``full_attention`` or ``sliding_attention`` for each layer.
-
-    Args:
-      found: a ``config.json``.
-    """
-    layers = found["num_hidden_layers"]
-    if found.get("layer_types"):
-        return list(found["layer_types"])
-    kind, full, sliding = found["model_type"], "full_attention", "sliding_attention"
-    if kind == "gemma2":
-        return [full if i % 2 else sliding for i in range(layers)]
-    if kind == "gemma3_text":
-        each = found.get("sliding_window_pattern") or 6
-        return [sliding if (i + 1) % each else full for i in range(layers)]
-    if kind == "mistral":
-        return [sliding] * layers
-    if kind in ("qwen2", "qwen3") and found.get("use_sliding_window"):
-        first = found.get("max_window_layers") or 0
-        return [sliding if i >= first else full for i in range(layers)]
-    return [full] * layers
-
-
 def ropes(found: Mapping[str, Any], head_dim: int) -> tuple[Rope | None, ...]:
     """Returns the rotary embedding of each layer, or None for one that has none.
+
+    Args:
+      found: what `families.completed` returns.
+      head_dim: the size of a head.
 
     Raises:
       ValueError: it is of a kind that is not known here.
     """
-    types = layer_types(found)
     given = found.get("rope_parameters") or {}  # transformers 5; by type of layer, for Gemma 3
     if not any(isinstance(value, Mapping) for value in given.values()):
-        theta = given.get("rope_theta") or found.get("rope_theta") or _theta(found["model_type"])
         scaling = given or found.get("rope_scaling") or {}
-        whole = {"rope_theta": theta, **scaling}
+        whole = {"rope_theta": found["rope_theta"], **scaling}
         local = found.get("rope_local_base_freq")
         sliding = {"rope_theta": local} if local else whole
-        if found["model_type"] == "gemma3_text" and not local:
-            sliding = {"rope_theta": 10_000.0}
         given = {"full_attention": whole, "sliding_attention": sliding}
+    types = families.layer_types(found)
     known = {kind: Rope(_frequencies(given[kind], head_dim)) for kind in set(types)}
-    used = found.get("no_rope_layers") or [1] * len(types)
-    if found["model_type"] == "smollm3" and not found.get("no_rope_layers"):
-        each = found.get("no_rope_layer_interval") or 4
-        used = [(i + 1) % each for i in range(len(types))]
-    return tuple(known[kind] if use else None for kind, use in zip(types, used, strict=True))
-
-
-def _theta(kind: str) -> float:
-    return {"gemma3_text": 1_000_000.0, "smollm3": 2_000_000.0}.get(kind, 10_000.0)
+    return tuple(
+        known[kind] if used else None
+        for kind, used in zip(types, families.has_rope(found), strict=True)
+    )
 
 
 def _frequencies(given: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:

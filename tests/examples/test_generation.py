@@ -58,6 +58,17 @@ def test_an_adapted_model(model):
     assert not np.array_equal(found, generation.generate(model, PROMPT, 8))
 
 
+def test_a_cache_of_the_models_dtype(model):
+    """Factors are float32, and what the model computes is not."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model))
+    half = nnx.merge(nnx.graphdef(model), half)
+    config = tied_lora.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    for base in (half, tied_lora.nnx.quantize(half, "int8")):
+        adapted = tied_lora.nnx.wrap(base, config)
+        assert generation.generate(adapted, PROMPT, 4).shape == (2, 4)
+    assert half.empty_cache(1, 8)[0][0].dtype == jnp.bfloat16
+
+
 def test_stops_where_it_is_told(model):
     whole = generation.generate(model, PROMPT, 10)
     stop = int(whole[0, 4])
