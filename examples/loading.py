@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from flax import nnx
 from flax_tied_lora.names import Names, names_of
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 Read = Callable[[str], np.ndarray]  # of a tensor's name
 
 
@@ -108,7 +110,8 @@ def load(path: str | os.PathLike[str], dtype: Any = jnp.float32) -> llama.Llama:
       dtype: of all weights.
 
     Raises:
-      ValueError: the model is of another family, or a weight is missing or has another shape.
+      ValueError: the model is of another family, or a weight is missing, has another shape, or is
+        there and has no place in the model.
     """
     path, found = Path(path), config(path)
     settings = llama.Config.from_hf(found)
@@ -142,7 +145,7 @@ def _safetensors(folder: Path) -> Iterator[Read]:
             except (FileNotFoundError, SafetensorError) as error:
                 raise ValueError(f"{folder / name} cannot be read: {error}") from error
 
-        places = {}
+        places, used = {}, set()
         if (folder / INDEX).exists():
             places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
 
@@ -150,9 +153,24 @@ def _safetensors(folder: Path) -> Iterator[Read]:
             if places and name not in places:
                 raise ValueError(f"{folder / INDEX} has no tensor {name!r}")
             file = places.get(name, WEIGHTS)
+            used.add(name)
             try:
                 return opened(file).get_tensor(name)
             except SafetensorError as error:
                 raise ValueError(f"{folder / file} has no tensor {name!r}: {error}") from error
 
         yield read
+        unread = set(places or opened(WEIGHTS).keys()) - used
+        if HEAD in unread and not jnp.array_equal(read(HEAD), read(TABLE)):
+            warnings.warn(
+                f"{folder / places.get(HEAD, WEIGHTS)} has {HEAD}, which is not {TABLE}, and is "
+                f"dropped: {CONFIG} says that they are tied. Where it does not say so, it is kept: "
+                '"tie_word_embeddings": false',
+                stacklevel=4,
+            )
+        for name in sorted(unread - {HEAD}):
+            if not name.endswith("rotary_emb.inv_freq"):  # old files have it, and it is computed
+                file = folder / places.get(name, WEIGHTS)
+                raise ValueError(
+                    f"{file}: {name} has no place in the model that {CONFIG} describes"
+                )

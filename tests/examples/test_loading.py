@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import loading
@@ -49,6 +50,29 @@ def test_a_weight_that_is_missing_or_of_another_shape(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: No such file"):
         loading.load(folder)
+
+
+def test_a_weight_that_the_model_has_no_place_for(folder):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    changed(folder, **{name: np.ones(64, np.float32)})
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {name} has no place in the model"):
+        loading.load(folder)
+    changed(folder, **{name: None, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8)})
+    loading.load(folder)
+
+
+def test_a_head_of_its_own_beside_a_tie(folder):
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    changed(folder, **{"lm_head.weight": table})
+    tied = loading.load(folder)  # a copy is no news
+    changed(folder, **{"lm_head.weight": table + 1})
+    with pytest.warns(UserWarning, match=r"lm_head\.weight, which is not .*: false") as found:
+        other = loading.load(folder)
+    assert [Path(warning.filename).name for warning in found] == ["test_loading.py"]
+    np.testing.assert_array_equal(other.output_matrix(), tied.output_matrix())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    np.testing.assert_array_equal(loading.load(folder).output_matrix(), table + 1)
 
 
 def test_shards(folder):
