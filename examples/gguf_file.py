@@ -73,27 +73,40 @@ class GgufFile:
     def _field(self, key: str) -> Any:
         if key not in self._reader.fields:
             raise ValueError(f"{self.path.name} has no {key!r}: expected the GGUF of a Llama")
-        return self._reader.fields[key].contents()
+        found = self._reader.fields[key].contents()
+        # A float32 is meant to be the shortest number that it is next to: 1e-05.
+        return float(str(np.float32(found))) if isinstance(found, float) else found
+
+    def _optional(self, key: str) -> Any:
+        return self._field(key) if key in self._reader.fields else None
 
     def config(self) -> dict[str, Any]:
-        """Returns the ``config.json`` of the model."""
+        """Returns the ``config.json`` of the model.
+
+        Raises:
+          ValueError: a setting is missing, or the positions are scaled.
+        """
         field = self._field
+        if (scaling := self._optional("llama.rope.scaling.type")) not in (None, "none"):
+            raise ValueError(f"{self.path.name} scales positions ({scaling}), expected none of it")
+        width, heads = field("llama.embedding_length"), field("llama.attention.head_count")
         return {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
             "vocab_size": len(field("tokenizer.ggml.tokens")),
-            "hidden_size": field("llama.embedding_length"),
+            "hidden_size": width,
             "intermediate_size": field("llama.feed_forward_length"),
             "num_hidden_layers": field("llama.block_count"),
-            "num_attention_heads": field("llama.attention.head_count"),
+            "num_attention_heads": heads,
             "num_key_value_heads": field("llama.attention.head_count_kv"),
+            "head_dim": self._optional("llama.attention.key_length") or width // heads,
             "max_position_embeddings": field("llama.context_length"),
             "rope_theta": field("llama.rope.freq_base"),
             "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
             "hidden_act": "silu",
             "bos_token_id": field("tokenizer.ggml.bos_token_id"),
             "eos_token_id": field("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": field("tokenizer.ggml.padding_token_id"),
+            "pad_token_id": self._optional("tokenizer.ggml.padding_token_id"),
             "tie_word_embeddings": "output.weight" not in self._tensors,
         }
 
@@ -113,14 +126,17 @@ class GgufFile:
         for name, tensor in self._tensors.items():
             if name not in places.values():
                 shape = [int(size) for size in tensor.shape[::-1]]
-                raise ValueError(f"tensor {name!r} {shape} has no place in a Llama without biases")
+                raise ValueError(
+                    f"{self.path.name}: tensor {name!r} {shape} has no place in a Llama without "
+                    "biases and scaled positions"
+                )
 
         def read(name: str) -> np.ndarray:
             if (tensor := self._tensors.get(places.get(name, ""))) is None:
                 raise ValueError(f"{self.path.name} has no tensor {places.get(name, name)!r}")
             array = self._dequantize(tensor.data, tensor.tensor_type)
             if name.endswith(("q_proj.weight", "k_proj.weight")):
-                return _halves(array, config["hidden_size"] // config["num_attention_heads"])
+                return _halves(array, config["head_dim"])
             return array
 
         yield read
@@ -152,11 +168,13 @@ class GgufFile:
         types = field("tokenizer.ggml.token_type")
         special = [token for token, kind in zip(tokens, types, strict=True) if kind == control]
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+        eos, pad = "tokenizer.ggml.eos_token_id", "tokenizer.ggml.padding_token_id"
+        pad = pad if pad in self._reader.fields else eos
         result = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             bos_token=tokens[field("tokenizer.ggml.bos_token_id")],
-            eos_token=tokens[field("tokenizer.ggml.eos_token_id")],
-            pad_token=tokens[field("tokenizer.ggml.padding_token_id")],
+            eos_token=tokens[field(eos)],
+            pad_token=tokens[field(pad)],
             clean_up_tokenization_spaces=False,
         )
         if "tokenizer.chat_template" in self._reader.fields:
