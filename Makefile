@@ -1,9 +1,9 @@
 # Each target makes its own environment in .venv and installs what it needs: Python 3.11+ and pip
-# are all that has to be there. `make PYTHON=python3.12 test` picks another Python.
+# are all that has to be there. `make test PYTHON=python3.13` picks another, for .venv-python3.13.
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
-VENV := .venv
+VENV := .venv$(if $(filter command line,$(origin PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
@@ -12,7 +12,7 @@ WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist worksteal
 
 .DELETE_ON_ERROR:
-.PHONY: demo quick test test-libraries test-slow test-gpu test-tpu lint format bench bench-long clean
+.PHONY: demo quick test test-libraries test-slow test-hijax test-gpu test-tpu lint format bench bench-long clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune.py --output demo_output $(DEMO_ARGS)
@@ -49,6 +49,14 @@ test-gpu: $(VENV)/.test
 test-tpu:
 	$(MAKE) VENV=.venv-tpu .venv-tpu/.tpu
 	.venv-tpu/bin/python -m pytest -m tpu tests/whole/test_tpu.py $(PYTEST_ARGS)
+
+# In the form that JAX is to take checkpoints, custom derivatives and names in: flags of jax 0.11 and
+# newer, of which jax_scan3 is left out, since JAX has no gradients of its scans yet.
+HIJAX := jax_remat3 jax_custom_vjp3 jax_custom_jvp3
+test-hijax: $(VENV)/.quick
+	$(BIN)/python -c "import jax; [getattr(jax.config, flag) for flag in '$(HIJAX)'.split()]"
+	$(foreach flag,$(HIJAX),$(shell echo $(flag) | tr a-z A-Z)=1) $(BIN)/python -m pytest $(SPREAD) \
+		tests/interpreter tests/whole/test_oracle.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -93,7 +101,7 @@ bench-long: $(VENV)/.bench
 	$(BIN)/python benchmarks/_report.py
 
 clean:
-	rm -rf $(VENV) .venv-tpu dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* dist .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found" >&2; exit 1; }
@@ -105,7 +113,7 @@ $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[$*]"
 	@touch $@
 
-# tunix and gemma, without the dependencies that their models do not use.
+# The libraries of docs/libraries/, without the dependencies that their models do not use.
 $(VENV)/.libraries: tests/libraries/requirements.txt | $(VENV)/.test
 	$(PIP) --no-deps -r $<
 	@touch $@

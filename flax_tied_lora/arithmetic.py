@@ -1,11 +1,12 @@
 """Arithmetic on adapters: combine, scale, switch and pad them, extract them from checkpoints.
 
 `combine` is a weighted sum of adapters as one adapter. `scale` multiplies adapters by a number,
-`switch` replaces those of an `Adapted` by others, and `padded` gives them a larger rank. `extract`
-makes adapters of the difference between two checkpoints. To serve many adapters over one base at
-once, see `flax_tied_lora.serving`.
+`switch` replaces those of an `Adapted` by others, and `padded` gives them a larger rank. `plain`
+says the same function in factors alone. `extract` makes adapters of the difference between two
+checkpoints. To serve many adapters over one base at once, see `flax_tied_lora.serving`.
 """
 
+from flax_tied_lora._adapters.plain_factors import plain as plain
 from flax_tied_lora._arithmetic.combining import combine as combine
 from flax_tied_lora._arithmetic.extraction import Extraction as Extraction
 from flax_tied_lora._arithmetic.extraction import LeftOutWarning as LeftOutWarning
@@ -20,6 +21,7 @@ __all__ = [
     "combine",
     "extract",
     "padded",
+    "plain",
     "scale",
     "switch",
 ]

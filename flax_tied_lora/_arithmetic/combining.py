@@ -18,9 +18,9 @@ from flax_tied_lora._adapters.compatible import (
     layout_of,
     refuse_residual,
 )
+from flax_tied_lora._adapters.lowrank import compressed, whole
 from flax_tied_lora._adapters.make import DTYPE
 from flax_tied_lora._adapters.ranks import with_patterns
-from flax_tied_lora._arithmetic.lowrank import compressed, whole
 from flax_tied_lora._arithmetic.united_targets import united_targets
 from flax_tied_lora._planning.plan import LORA, AdapterPlan, GroupPlan, Plan
 from flax_tied_lora._tree.boxes import in_place, unboxed

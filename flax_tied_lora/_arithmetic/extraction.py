@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._adapters.fingerprint import raw
+from flax_tied_lora._adapters.lowrank import nearest, whole
 from flax_tied_lora._adapters.make import DTYPE
-from flax_tied_lora._arithmetic.lowrank import nearest, whole
 from flax_tied_lora._config.checks import reads_weight
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSites

@@ -18,7 +18,7 @@ from flax_tied_lora._planning.plan import Plan
 from flax_tied_lora._ties.find import Ties, find_ties
 from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._tree.foreign import refuse_models
-from flax_tied_lora._tree.paths import flatten, is_marker, path_name
+from flax_tied_lora._tree.paths import flatten, is_marker, named_leaves, path_name
 from flax_tied_lora._tree.quantized_array import FOUR_BITS, QTYPES, QuantizedArray, is_quantized
 
 
@@ -54,14 +54,13 @@ def save_params(path: str | os.PathLike[str], params: Any, *, ties: Ties | Plan 
         ties = [group.tie() for group in ties.groups]
     groups = [g for g in find_ties(params, ties) if len(g.members) > 1]
     members = {m.path for g in groups for m in g.members[1:]}
-    leaves, treedef = flatten(params)
+    leaves, treedef = flatten(without_boxes(params))
     once = [None if name in members or is_marker(x) else x for name, x in leaves.items()]
     facts: dict[str, Any] = {"ties": [dataclasses.asdict(group) for group in groups]}
     stored = {n: [x.qtype, x.axis] for n, x in leaves.items() if is_quantized(x)}
     if stored:
         facts["quantized"] = stored
-    tree = without_boxes(jax.tree.unflatten(treedef, once))
-    write(path, orbax_args(facts, {"params": tree}))
+    write(path, orbax_args(facts, {"params": jax.tree.unflatten(treedef, once)}))
 
 
 def restore_params(
@@ -96,7 +95,7 @@ def restore_params(
         target = template_of(path / "params", items["params"])
         with explained("restore_params: damaged record in", path, "restore another checkpoint"):
             target = _quantized(target, {n: x for n, x in stored.items() if n not in copies})
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(target, is_leaf=_is_leaf)
+    pairs, treedef = named_leaves(target, _is_leaf)
     names = [path_name(p) for p, _ in pairs]
     leaves = [x for _, x in pairs]
     _check_members(path, dict(zip(names, leaves, strict=True)), copies, stored)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from flax_tied_lora._names.axis_maps import (
+from flax_tied_lora._names.axis_map import (
     AxisMap,
     factor_of,
     from_torch_order,
+    offset_of,
     order_of,
     scaled,
     to_torch_order,
@@ -70,6 +71,16 @@ class TorchWeight:
         return factor_of(self.maps)
 
     @property
+    def offset(self) -> float:
+        """What is added to the leaf's values."""
+        return offset_of(self.maps)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the leaf's values are the parameter's, neither scaled nor shifted."""
+        return self.factor == 1 and not self.offset
+
+    @property
     def maps_by_axis(self) -> tuple[tuple[tuple[AxisMap, ...], ...], ...]:
         """For each axis of the parameter, and each of the leaf's that it holds, its maps."""
         return tuple(
@@ -114,7 +125,9 @@ def torch_view(leaf: Any, weight: TorchWeight, dtype: Any = None) -> np.ndarray:
             )
     of_slice = weight.of_slice
     array = to_torch_order(array[index_of(weight.part, array.ndim)], of_slice.maps)
-    array = _scaled(array, weight.factor, weight).astype(dtype or array.dtype, copy=False)
+    array = _scaled(array, weight, weight.factor, weight.offset).astype(
+        dtype or array.dtype, copy=False
+    )
     return array.transpose(_order(of_slice)).reshape(shape)
 
 
@@ -167,7 +180,8 @@ def from_torch_array(array: Any, weight: TorchWeight, shape: Sequence[int]) -> n
     of_slice, sizes = weight.of_slice, _sizes(weight, shape)
     order = [axis for axes in weight.dims for axis in axes]
     array = array.reshape([sizes[axis] for axis in order]).transpose(np.argsort(_order(of_slice)))
-    return _scaled(from_torch_order(array, of_slice.maps), 1 / weight.factor, weight)
+    array = from_torch_order(array, of_slice.maps)
+    return _scaled(array, weight, 1 / weight.factor, -weight.offset / weight.factor)
 
 
 def from_torch_arrays(
@@ -231,8 +245,9 @@ def _sizes(weight: TorchWeight, shape: Sequence[int]) -> tuple[int, ...]:
         ) from error
 
 
-def _scaled(array: np.ndarray, factor: float, weight: TorchWeight) -> np.ndarray:
+def _scaled(array: np.ndarray, weight: TorchWeight, factor: float, offset: float) -> np.ndarray:
     try:
-        return scaled(array, factor)
+        return scaled(array, factor, offset)
     except ValueError as error:
-        raise ValueError(f"{weight.name} has a Scale in the table of names: {error}") from error
+        name = "an Offset" if offset else "a Scale"
+        raise ValueError(f"{weight.name} has {name} in the table of names: {error}") from error

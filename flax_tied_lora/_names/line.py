@@ -8,7 +8,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._names.axis_maps import AxisMap
+from flax_tied_lora._names.axis_map import AxisMap
+from flax_tied_lora._names.axis_maps import Offset
 from flax_tied_lora._names.layout import KINDS, MATRIX, TorchWeight
 from flax_tied_lora._names.layout_text import Layout, parse_layout
 from flax_tied_lora._tree.paths import leaf_name
@@ -143,7 +144,10 @@ def _checked(
         raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     if axes != expected:
         raise ValueError(f"a {kind} parameter has {expected} axes, the layout gives it {axes}")
-    return Line(path, name, kind, layout, _maps(layout, maps), _regex(path), _regex(name, slices))
+    of_axes = _maps(layout, maps)
+    if any(isinstance(m, Offset) for _, m in of_axes) and (kind != "vector" or len(of_axes) > 1):
+        raise ValueError(f"an Offset is the only map of a vector; found a {kind} with {maps}")
+    return Line(path, name, kind, layout, of_axes, _regex(path), _regex(name, slices))
 
 
 def _maps(layout: Layout, maps: Mapping[str, Any]) -> tuple[tuple[int, AxisMap], ...]:
@@ -157,7 +161,7 @@ def _maps(layout: Layout, maps: Mapping[str, Any]) -> tuple[tuple[int, AxisMap],
         for axis_map in of_axis if isinstance(of_axis, Sequence) else (of_axis,):
             if not isinstance(axis_map, AxisMap):
                 raise ValueError(
-                    f"the map of {name!r} is {axis_map!r}; expected Scale, Permutation, "
+                    f"the map of {name!r} is {axis_map!r}; expected Scale, Offset, Permutation, "
                     "Interleaved or Padding of flax_tied_lora.names, or several in a tuple"
                 )
             result.append((axes[name], axis_map))

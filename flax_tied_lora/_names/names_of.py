@@ -7,15 +7,33 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._names import gemma_tables, transformers_tables, tunix_tables
-from flax_tied_lora._names.family import Family
+from flax_tied_lora._names import (
+    gemma_tables,
+    kerashub_tables,
+    maxtext_tables,
+    t5x_tables,
+    transformers_tables,
+    tunix_tables,
+)
+from flax_tied_lora._names.family import Family, config_field
 from flax_tied_lora._names.line import LineEntry, make_line
 from flax_tied_lora._names.mapping import Names, Tie, UnmappedError
 
 _FAMILIES = {**transformers_tables.FAMILIES, **tunix_tables.FAMILIES, **gemma_tables.FAMILIES}
 # Those that have other leaves in models with as many key heads as heads.
 _FUSED = {**tunix_tables.FUSED, **gemma_tables.FUSED}
-FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+# Those whose table depends on the model's config, and on how many rows PyTorch's table has.
+_CONFIGURED = {**maxtext_tables.FAMILIES, **kerashub_tables.FAMILIES, **t5x_tables.FAMILIES}
+FAMILIES: tuple[str, ...] = (*_FAMILIES, *_CONFIGURED)
+
+
+_OF_CONFIGS = (
+    tunix_tables.tunix_family,
+    gemma_tables.gemma_family,
+    maxtext_tables.maxtext_family,
+    kerashub_tables.kerashub_family,
+    t5x_tables.t5x_family,
+)
 
 
 def names_of(
@@ -24,18 +42,22 @@ def names_of(
     *,
     tie_word_embeddings: bool | None = None,
     tied: Mapping[str, Sequence[str]] | None = None,
+    vocab_size: int | None = None,
 ) -> Names:
     """Returns the correspondence of a model's Flax leaf paths and its PyTorch parameter names.
 
     Args:
       model: a family's name (``FAMILIES`` lists them), a transformers config, a dict with its
         ``model_type`` (a ``config.json``), a tunix ``ModelConfig``, a gemma ``TransformerConfig``,
-        or None for any other model, whose whole table is ``extra``.
+        a MaxText config, a KerasHub backbone or task, a T5X ``T5Config``, or None for any other
+        model, whose whole table is ``extra``.
       extra: further lines, which take precedence over the family's: see `flax_tied_lora.names`.
       tie_word_embeddings: whether input and output are tied; by default what the config says, or
         the family's own default.
       tied: ``{Flax path: PyTorch modules that share the leaf's tensor}``, beyond the ties of the
         family: ``{"embed/embedding": ("lm_head",)}``.
+      vocab_size: rows of PyTorch's input embedding; by default the config's. MaxText's config says
+        how many rows its own padded table has.
 
     Raises:
       ValueError: the family is not known, or a line of the table is wrong: the line, and why.
@@ -53,20 +75,22 @@ def names_of(
         if line.name in [other.name for other in lines[:i]]:
             raise ValueError(f"table of names: {line.name!r} is in two lines; keep one of them")
     name = _family_name(model)
-    if name not in _FAMILIES and not lines:
+    if name not in FAMILIES and not lines:
         raise ValueError(_unknown(name))
     if tie_word_embeddings is None:
-        tie_word_embeddings = _field(model, "tie_word_embeddings")
+        tie_word_embeddings = config_field(model, "tie_word_embeddings")
     if tie_word_embeddings is None:
         tie_word_embeddings = tunix_tables.tunix_ties(model)
     names = Names(name, ())
-    if name in _FAMILIES:
+    if name in _CONFIGURED:
+        names = _names(name, _CONFIGURED[name](model, vocab_size), tie_word_embeddings)
+    elif name in _FAMILIES:
         names = _family_names(name, _is_fused(model), tie_word_embeddings)
     ties = {tie.path: tie for tie in names.ties}
     for path, modules in (tied or {}).items():
         known = ties[path].names if path in ties else ()
         ties[path] = Tie(path, tuple(dict.fromkeys((*known, *_modules(path, modules)))))
-    size = _field(model, "vocab_size")
+    size = config_field(model, "vocab_size") if vocab_size is None else vocab_size
     names = dataclasses.replace(
         names, extra=lines, ties=tuple(ties.values()),
         vocab_size=size if isinstance(size, int) else None,
@@ -79,7 +103,10 @@ def names_of(
 @functools.cache
 def _family_names(name: str, fused: bool, tied: bool | None) -> Names:
     make = _FUSED.get(name, _FAMILIES[name]) if fused else _FAMILIES[name]
-    family = make()
+    return _names(name, make(), tied)
+
+
+def _names(name: str, family: Family, tied: bool | None) -> Names:
     tied = family.tied if tied is None else tied
     # In Flax a tied head has no leaf: its PyTorch name is another name of the embedding.
     absent = family.head_leaf if tied and not family.keeps_head_leaf else None
@@ -109,8 +136,9 @@ def _ties(family: Family, tied: bool) -> tuple[Tie, ...]:
 def _family_name(model: Any) -> str:
     if model is None:
         return "own"
-    name = model if isinstance(model, str) else _field(model, "model_type")
-    name = name or tunix_tables.tunix_family(model) or gemma_tables.gemma_family(model)
+    name = model if isinstance(model, str) else config_field(model, "model_type")
+    for known in _OF_CONFIGS:
+        name = name or known(model)
     if not isinstance(name, str):
         raise ValueError(
             f"names_of takes a family's name, a model's config, a dict with its model_type, or "
@@ -119,15 +147,9 @@ def _family_name(model: Any) -> str:
     return name
 
 
-def _field(model: Any, name: str) -> Any:
-    if isinstance(model, str):
-        return None
-    return model.get(name) if isinstance(model, Mapping) else getattr(model, name, None)
-
-
 def _is_fused(model: Any) -> bool:
-    heads = _field(model, "num_attention_heads") or _field(model, "num_heads")
-    keys = _field(model, "num_key_value_heads") or _field(model, "num_kv_heads")
+    heads = config_field(model, "num_attention_heads") or config_field(model, "num_heads")
+    keys = config_field(model, "num_key_value_heads") or config_field(model, "num_kv_heads")
     return heads is not None and heads == keys
 
 

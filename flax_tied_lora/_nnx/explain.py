@@ -11,6 +11,7 @@ from flax_tied_lora._interpreter.context import Context
 from flax_tied_lora._nnx.checks import Method, check_adapted_module, method_of
 from flax_tied_lora._nnx.leaves import aliases_of
 from flax_tied_lora._nnx.module import AdaptedModule, evaluated_call
+from flax_tied_lora._nnx.scopes import with_scopes
 from flax_tied_lora._verbs.explain import Explanation, explained
 
 
@@ -32,7 +33,7 @@ def explain(module: AdaptedModule, *args: Any, method: Method = None, **kwargs: 
       tied_lora.nnx.explain(adapted, tokens).assert_tied()
     """
     check_adapted_module("explain", module)
-    function = method_of("explain", module.module, method)
+    function = with_scopes(method_of("explain", module.module, method))
     graphdef, state = nnx.split(module)
 
     def reads_of(args: Any, kwargs: Any) -> Any:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 
 from flax_tied_lora._planning.plan import Plan
-from flax_tied_lora._tree.paths import describe, is_leaf, nearby, path_name
+from flax_tied_lora._tree.paths import describe, named_leaves, nearby, path_name
 
 # What can be adapted: nnx.Param, and not what another LoRA trains.
 PARAM = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
@@ -23,7 +22,7 @@ def name_of(path: Sequence[Any]) -> str:
 
 def named(state: Any) -> tuple[list[str], list[Any], Any]:
     """Returns the names of a state's leaves, the leaves, and its structure."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_leaf)
+    pairs, treedef = named_leaves(state)
     return [path_name(path) for path, _ in pairs], [leaf for _, leaf in pairs], treedef
 
 

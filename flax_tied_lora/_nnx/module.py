@@ -18,6 +18,7 @@ from flax_tied_lora._interpreter.materialised import warn_of_dense
 from flax_tied_lora._interpreter.sites import numbered
 from flax_tied_lora._nnx.calling import call_module
 from flax_tied_lora._nnx.leaves import aliases_of, params_of, shown_as
+from flax_tied_lora._nnx.scopes import where_needed
 from flax_tied_lora._planning.plan import Plan
 from flax_tied_lora._tree.keys import typed_key
 from flax_tied_lora._tree.paths import TiedLeaf, flatten
@@ -201,8 +202,7 @@ def _call(
     result, done = evaluated_call(owner, function, Context(owner.on_dense), args, kwargs)
     if owner.on_dense == "warn":
         warn_of_dense(numbered(done.context.reads), stacklevel=4)
-    if expect_all:
-        warn_of_unread(done.context.reads, done.adapteds, stacklevel=4)
+    warn_of_unread(done.context.reads, done.adapteds, stacklevel=4, expect_all=expect_all)
     kinds = (nnx.Pytree, nnx.Variable)  # are not flattened
     return jax.tree.map(
         lambda x: owner if x is owner.module else x, result, is_leaf=lambda x: isinstance(x, kinds)
@@ -214,7 +214,7 @@ def evaluated_call(
 ) -> tuple[Any, Evaluated]:
     """Returns ``function(module, *args, **kwargs)`` with the adapters, and how it was evaluated."""
     shown = shown_as(owner.plan, aliases_of(owner.module))
-    leaves = _symbolic_leaves(owner)
+    leaves, function = _symbolic_leaves(owner), where_needed(owner.plan, function)
     return call_module(owner.module, leaves, shown, function, context, tuple(args), dict(kwargs))
 
 

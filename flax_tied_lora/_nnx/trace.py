@@ -11,6 +11,7 @@ from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._nnx.checks import Method, check_module, method_of
 from flax_tied_lora._nnx.leaves import named, params_of
 from flax_tied_lora._nnx.module import AdaptedModule
+from flax_tied_lora._nnx.scopes import with_scopes
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs.trace import trace as _trace
 
@@ -34,7 +35,7 @@ def trace(module: nnx.Module, *args: Any, method: Method = None, **kwargs: Any) 
     """
     module = module.module if isinstance(module, AdaptedModule) else module
     check_module("trace", module)
-    function = method_of("trace", module, method)
+    function = with_scopes(method_of("trace", module, method))
     graphdef, state = nnx.split(module)
     names, values, treedef = named(state)
     paths = flatten(params_of(module))[0].keys()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,6 +80,8 @@ def make_plan(
         for group in groups
     ]  # fmt: skip
     plan = Plan.of(tuple(p for p in plans if p is not None), config)
+    if named is None:  # a file's factors are as they are: PEFT has no limit
+        _check_ranks(plan)
     if lora and not any(True for _ in plan.adapters(LORA)):
         raise ValueError(
             f"wrap: all that target_modules={config.target_modules!r} names is in modules_to_save "
@@ -88,6 +89,17 @@ def make_plan(
             "them"
         )
     return plan
+
+
+def _check_ranks(plan: Plan) -> None:
+    for group, adapter in plan.adapters(LORA):
+        limit = group.rank_limit(adapter)
+        if adapter.rank > limit:
+            raise ValueError(
+                f"wrap: rank {adapter.rank} for {adapter.key!r} {group.dtype}"
+                f"{list(group.shape_of(adapter))}, which has rank {limit} at most; lower r, or "
+                "give it a rank of its own in rank_pattern"
+            )
 
 
 def by_group(hits: Mapping[str, Sequence[Hit]], groups: Sequence[TieGroup]) -> Hits:
@@ -178,15 +190,6 @@ def _factors(
                 f"{values}; give its names the same rank and alpha"
             )
     rank = config.rank_for(module)
-    shape = list(leaf.shape)
-    if share.span:
-        shape[share.span[0]] = share.span[2] - share.span[1]
-    limit = min(math.prod(shape[a] for a in side) for side in (axes.rows, axes.cols))
-    if rank > limit:
-        raise ValueError(
-            f"wrap: rank {rank} for {share.key(group)!r} {leaf.dtype}{shape}, which has rank "
-            f"{limit} at most; lower r, or give it a rank of its own in rank_pattern"
-        )
     if config.use_dora and share.span:
         raise ValueError(
             f"wrap: use_dora scales all of {group.key!r}, and parts gives each of its parts "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -81,6 +81,39 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(map(_entry_name, entries))
 
 
+def named_leaves(
+    tree: Any, is_leaf: Callable[[Any], bool] = is_leaf
+) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
+    """Returns the leaves of a pytree, each with the key path of its name, and the structure.
+
+    As `jax.tree_util.tree_flatten_with_path`, but that the path of a leaf in a box ends at the box.
+    """
+
+    def ends(node: Any) -> bool:
+        return is_leaf(node) or is_boxed_array(node, is_leaf)
+
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=ends)
+    if any(is_boxed_array(x, is_leaf) for _, x in pairs):
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
+        pairs = [(path, leaf) for (path, _), leaf in zip(pairs, leaves, strict=True)]
+    return pairs, treedef
+
+
+def is_boxed_array(node: Any, is_leaf: Callable[[Any], bool] = is_leaf) -> bool:
+    """Returns whether a node is an array of another library around one of JAX's.
+
+    Haliax's and Penzai's ``NamedArray`` are: one array, whose dtype and shape they say themselves.
+    A module that has one param says neither.
+    """
+    kind = type(node)
+    if not isinstance(getattr(kind, "dtype", None), property):
+        return False
+    if not (hasattr(kind, "shape") or hasattr(kind, "named_shape")) or is_leaf(node):
+        return False
+    inside = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
+    return len(inside) == 1 and (is_leaf(inside[0]) or jax.tree_util.all_leaves(inside))
+
+
 def _entry_name(entry: Any) -> str:
     match entry:
         case DictKey(key) | FlattenedIndexKey(key):
@@ -101,7 +134,7 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     Raises:
       ValueError: two leaves have the same path.
     """
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    pairs, treedef = named_leaves(tree)
     leaves: dict[str, Any] = {}
     for path, leaf in pairs:
         name = path_name(path)

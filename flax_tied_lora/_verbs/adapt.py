@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
@@ -21,6 +22,7 @@ from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.materialised import warn_of_dense
 from flax_tied_lora._interpreter.sites import Read, numbered
 from flax_tied_lora._interpreter.tracing import Calls, filling
+from flax_tied_lora._planning.plan import Plan
 from flax_tied_lora._tree.collector import collector_paused
 from flax_tied_lora._tree.paths import flatten
 from flax_tied_lora._verbs.frozen_gradient import watched
@@ -31,6 +33,9 @@ class UnreadTargetWarning(UserWarning):
 
     __module__ = "flax_tied_lora"
 
+
+# Groups of which a call handed a weight back, by plan: of copies of a module, too.
+_HANDED_BACK: weakref.WeakKeyDictionary[Plan, set[str]] = weakref.WeakKeyDictionary()
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -190,14 +195,30 @@ def mark_of(number: int, adapteds: Sequence[Adapted]) -> str:
     return f" (adapted argument {number})" if len(adapteds) > 1 else ""
 
 
-def warn_of_unread(reads: Sequence[Read], adapteds: Sequence[Adapted], stacklevel: int = 3) -> None:
-    """Warns of each adapter that no call site was served by."""
+def warn_of_unread(
+    reads: Sequence[Read], adapteds: Sequence[Adapted], stacklevel: int = 3, *,
+    expect_all: bool = True,
+) -> None:  # fmt: skip
+    """Warns of each adapter that no call site was served by, in a call that reads them all.
+
+    A weight that an earlier call handed back with its delta may be among the arguments of this one.
+
+    Args:
+      expect_all: whether it is such a call.
+    """
     read = {r.site.leaf for r in reads}
+    handed_back = {r.site.leaf for r in reads if r.site.operation == "return"}
     served = {key for r in reads for key in r.groups}
     for number, adapted in enumerate(adapteds):
         mark = mark_of(number, adapteds)
+        known = _HANDED_BACK.setdefault(adapted.plan, set())
         for group in adapted.plan.adapted:
-            if not read & {m.path + mark for m in group.members}:
+            names = {m.path + mark for m in group.members}
+            if handed_back & names:
+                known.add(group.key)
+            if group.key in known or not expect_all:
+                continue
+            if not read & names:
                 warnings.warn(
                     f"adapt: {group.key!r} is adapted and read nowhere in this call: its adapter "
                     "has no effect here. Take it out of target_modules, or check that the model "

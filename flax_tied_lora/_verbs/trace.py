@@ -17,7 +17,7 @@ from flax_tied_lora._interpreter.evaluate import evaluate
 from flax_tied_lora._interpreter.sites import CallSites, numbered, with_batch
 from flax_tied_lora._interpreter.tracing import Calls, filling
 from flax_tied_lora._tree.collector import collector_paused
-from flax_tied_lora._tree.paths import path_name
+from flax_tied_lora._tree.paths import named_leaves, path_name
 from flax_tied_lora._tree.quantized_array import is_quantized
 
 
@@ -44,7 +44,7 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> CallSites:
       sites |= tied_lora.trace(model.apply, {"params": params}, tokens, method=model.encode)
       adapted = tied_lora.wrap(params, config, sites=sites)
     """
-    places, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_quantized)
+    places, treedef = named_leaves((args, kwargs), is_quantized)
     names = _parameter_names(fn, args, [path for path, _ in places], [leaf for _, leaf in places])
     leaves = [leaf for _, leaf in places]
     if not any(names):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from flax_tied_lora.names import (
     Interleaved,
+    Offset,
     Padding,
     Permutation,
     Scale,
@@ -36,6 +37,30 @@ class TestOneAxis:
         np.testing.assert_array_equal(Padding(2, 1).from_torch(x[:1]), [x[0], 0 * x[0]])
         np.testing.assert_array_equal(Padding(2, 3).to_torch(x), [*x, 0 * x[0]])
         np.testing.assert_array_equal(Padding(2, 3).from_torch(np.ones((3, 6))), np.ones((2, 6)))
+
+    def test_an_offset(self):
+        x = np.arange(3.0, dtype=np.float32)
+        np.testing.assert_array_equal(Offset(-1).to_torch(x), x - 1)
+        np.testing.assert_array_equal(Offset(-1).from_torch(x - 1), x)
+        names = names_of(None, [("norm/scale", "norm.weight", None, None, {"d": Offset(-1.0)})])
+        params = {"norm": {"scale": x}}
+        state = to_state_dict(params, names)
+        np.testing.assert_array_equal(state["norm.weight"], x - 1)
+        back = from_state_dict(state, params, names)
+        np.testing.assert_array_equal(back["norm"]["scale"], x)
+
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            (("up/kernel", "up.weight", None, None, {"in": Offset(1.0)}), "found a matrix"),
+            (("a/scale", "a.weight", None, None, {"d": (Scale(2.0), Offset(1.0))}), "only map"),
+        ],
+    )
+    def test_an_offset_is_a_vector_s_and_alone(self, line, words):
+        with pytest.raises(ValueError, match=words):
+            names_of(None, [line])
+        with pytest.raises(ValueError, match="expected a finite number"):
+            Offset(math.inf)
 
     def test_several_heads_and_a_part_of_each(self):
         x = np.arange(12)

@@ -166,6 +166,23 @@ class TestAttributes:
             model(TOKENS)
         assert seen[0].filename == __file__
 
+    @pytest.mark.filterwarnings("error::flax_tied_lora.UnreadTargetWarning")
+    @pytest.mark.filterwarnings("ignore::flax_tied_lora.DensifyWarning")
+    def test_a_weight_that_one_method_hands_out_and_another_takes(self):
+        class Decoder(SharedVariable):
+            def kernels(self):
+                return [self.up.kernel[...]]
+
+            def __call__(self, tokens, kernels=()):
+                return self.embed_tokens(tokens) @ kernels[0]
+
+        model = wrapped(Decoder(nnx.Rngs(0)), ["up"])
+        merged = tied_lora.nnx.merge(model)
+        expected = merged(TOKENS, merged.kernels())
+        close(model(TOKENS, model.kernels()), expected)
+        # Within jit it is a copy of the module that is called.
+        close(nnx.jit(lambda m, *a: m(*a))(model, TOKENS, model.kernels()), expected)
+
 
 def test_partition_names():
     with nnx.use_eager_sharding(False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +23,7 @@ from flax_tied_lora._tree.paths import (
     module_of,
     nearby,
 )
+from tests.helpers.named_arrays import NamedArray
 
 X = jnp.ones((2, 3))
 
@@ -31,6 +33,24 @@ X = jnp.ones((2, 3))
 class Block:
     kernel: jax.Array
     bias: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Table:
+    """A module with one param, and fields called as an array's attributes: no array of its own."""
+
+    weight: Any
+    dtype: str = dataclasses.field(default="bfloat16", metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(default=(2, 3), metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Parameter:
+    """As Penzai has it: a box of boxes."""
+
+    value: NamedArray
 
 
 class Net(nnx.Module):
@@ -48,6 +68,12 @@ class Net(nnx.Module):
         ({"a": Block(X, X)}, ["a/kernel", "a/bias"]),
         ({"a": {"kernel": nn.Partitioned(X, ("x", None))}}, ["a/kernel"]),
         ({"a": {"value": X}}, ["a/value"]),
+        ({"a": {"weight": NamedArray(X, "xy"), "bias": NamedArray(X)}}, ["a/bias", "a/weight"]),
+        ({"a": Parameter(NamedArray(X)), "b": X}, ["a", "b"]),
+        ({"a": NamedArray(TiedLeaf("b")), "b": X}, ["a", "b"]),
+        ({"a": NamedArray(None), "b": X}, ["b"]),
+        ({"a": NamedArray({"array": X})}, ["a/array/array"]),
+        ({"a": Table(X), "b": Table(NamedArray(X))}, ["a/weight", "b/weight"]),
         ({"layers": {3: X}}, ["layers/3"]),
         ({"a": None, "b": X}, ["b"]),
         ({}, []),
@@ -55,6 +81,15 @@ class Net(nnx.Module):
 )
 def test_names_of_leaves(tree, names):
     assert list(flatten(tree)[0]) == names
+
+
+def test_a_structure_with_boxes_takes_its_leaves_again():
+    tree = {"a": NamedArray(X, "xy"), "b": Table(NamedArray(TiedLeaf("a"))), "c": X}
+    leaves, treedef = flatten(tree)
+    again = jax.tree.unflatten(treedef, leaves.values())
+    assert again["a"].array is X
+    assert again["a"].names == "xy"
+    assert again["b"].weight.array == TiedLeaf("a")
 
 
 def test_names_of_an_nnx_state():

@@ -1,7 +1,7 @@
 """What a user writes, with every public function: it runs, and a strict type checker accepts it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,11 @@ class Tied(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.embed(tokens) @ self.embed.embedding[...].T
+
+
+class Variable(NamedTuple):
+    path: str
+    value: jax.Array
 
 
 class Model:
@@ -85,6 +90,9 @@ def functional(tokens: jax.Array, folder: Path) -> jax.Array:
     kernel: np.ndarray = names.to_torch_array(merged["up"]["kernel"], weight)
     kernel = names.from_torch_array(kernel, weight, (16, 16))
     kernel = names.from_torch_arrays([kernel], [weight], (16, 16))
+    variables = [Variable("up/kernel", merged["up"]["kernel"])]
+    listed: list[jax.Array] = names.in_order(variables, names.by_path(variables))
+    assert len(listed) == 1
     peft.save_adapter(folder / "peft", trained, table, save_embedding_layers=False)
     loaded = peft.load_adapter(folder / "peft", params, table, tied_copies="same")
     peft.save_merged(folder / "torch", trained, table, {"model_type": "own"}, dtype=jnp.bfloat16)
@@ -128,3 +136,4 @@ def serve(context: tied_lora.RuleContext, equation: Any, table: Any) -> Any:
 
 
 own_loss = tied_lora.custom_rule(loss_fn, serve)
+library_loss = tied_lora.custom_rule(loss_fn, losses.blockwise_cross_entropy_rule)

@@ -180,6 +180,18 @@ def test_target_that_is_read_nowhere():
         tied_lora.adapt(lambda p: p["embed_tokens"]["embedding"][TOKENS])(ADAPTED)
 
 
+@pytest.mark.filterwarnings("ignore::flax_tied_lora.DensifyWarning")
+def test_a_weight_that_was_handed_back_is_not_called_unread():
+    adapted = wrapped({"a": {"kernel": W["w"]}, "b": {"kernel": -W["w"]}}, ["a", "b"], seed=1)
+    hand_back = tied_lora.adapt(lambda p: {"cut": p["a"]["kernel"][:2], "x": X @ p["b"]["kernel"]})
+    use = tied_lora.adapt(lambda _, w: X[:, :2] @ w)
+    given = hand_back(adapted)["cut"]
+    with pytest.warns(tied_lora.UnreadTargetWarning) as seen:
+        got = use(adapted, given)
+    assert [str(w.message).split("'")[1] for w in seen] == ["b/kernel"]  # it was only read
+    close(got, X[:, :2] @ tied_lora.merge(adapted)["a"]["kernel"][:2])
+
+
 def test_unread_target_of_one_of_several():
     fn = tied_lora.adapt(lambda a, b: X @ a["w"])
     one, two = (wrapped(W, ["w"], seed=s) for s in (1, 2))

@@ -37,7 +37,7 @@ BEFORE = {
         AdaptedModule LoRADropout Method Scaling Slot adapted base explain from_adapted merge params
         quantize trace wrap
     """,
-    "peft": "AdapterFileError load_adapter names_of save_adapter save_merged",
+    "peft": "AdapterFileError ServingWarning load_adapter names_of save_adapter save_merged",
     "train": "labels labels_by lora_plus value_and_grad",
 }
 

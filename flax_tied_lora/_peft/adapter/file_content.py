@@ -207,7 +207,7 @@ class _Reading:
 def is_base(files: AdapterFiles, name: str, leaf: Any, weight: TorchWeight) -> bool:
     """Returns whether a tensor of the file equals what the params have in its place.
 
-    Where the names scale it, up to what that rounds.
+    Where the names scale or shift it, up to what that rounds.
     """
     leaf = unboxed(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -215,9 +215,9 @@ def is_base(files: AdapterFiles, name: str, leaf: Any, weight: TorchWeight) -> b
     if files.tensors.shape(name) != weight.shape(leaf.shape):
         return False
     ours, theirs = torch_array(gathered(leaf), weight), files.tensors[name]
-    tolerance = 0 if weight.factor == 1 else 2 * float(jnp.finfo(leaf.dtype).eps)
+    tolerance = 0 if weight.is_exact else 2 * float(jnp.finfo(leaf.dtype).eps)
     ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
-    return np.allclose(ours, theirs, tolerance, 0, equal_nan=True)
+    return np.allclose(ours, theirs, tolerance, tolerance * abs(weight.offset), equal_nan=True)
 
 
 def _is_inside_a_copy(name: str, files: AdapterFiles) -> bool:

@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 
 from flax_tied_lora._algebra.factor import RANK
-from flax_tied_lora._names.axis_maps import (
+from flax_tied_lora._names.axis_map import (
     Maps,
-    Padding,
     factor_of,
     from_torch_order,
+    offset_of,
     scaled,
     to_torch_order,
     torch_sizes,
 )
+from flax_tied_lora._names.axis_maps import Padding
 from flax_tied_lora._names.layout import MATRIX, TorchWeight
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter
 from flax_tied_lora._peft.files.errors import AdapterFileError
@@ -66,13 +67,15 @@ class FileTensor:
     def get(self, array: Any) -> np.ndarray:
         """Returns the tensor, given the adapter's array."""
         transposed = np.asarray(array)[self.index].transpose(self.order)
-        values = scaled(to_torch_order(transposed, self.maps), self.factor)
+        values = to_torch_order(transposed, self.maps)
+        values = scaled(values, self.factor, offset_of(self.maps))
         return np.ascontiguousarray(values).reshape(self.shape)
 
     def slice_of(self, tensor: Any) -> np.ndarray:
         """Returns the slice of the adapter's array that the tensor is."""
         values = from_torch_order(np.asarray(tensor).reshape(self.sizes), self.maps)
-        return scaled(values, 1 / self.factor).transpose(np.argsort(self.order))
+        values = scaled(values, 1 / self.factor, -offset_of(self.maps))
+        return values.transpose(np.argsort(self.order))
 
 
 def file_tensors(adapters: Sequence[TorchAdapter]) -> list[list[FileTensor]]:

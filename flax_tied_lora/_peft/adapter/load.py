@@ -15,6 +15,7 @@ from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._names.layout import MATRIX, TorchWeight
 from flax_tied_lora._names.mapping import Names
+from flax_tied_lora._peft.adapter.as_written import with_written
 from flax_tied_lora._peft.adapter.base_tensors import check_base, with_base
 from flax_tied_lora._peft.adapter.file_content import Content, content_of
 from flax_tied_lora._peft.adapter.file_tensors import PREFIX, FileTensor, file_tensors
@@ -131,7 +132,8 @@ def _with_names(params: Any, names: Names, sites: CallSites | None, ties: Any) -
 
 def _config(files: AdapterFiles) -> LoraConfig:
     """Returns the config of a file, in which no ``ensure_weight_tying`` means False."""
-    fields = {"ensure_weight_tying": False, **files.config}
+    written = with_written(files.config, files.tensors.metadata)
+    fields = {"ensure_weight_tying": False, **written}
     if fields["ensure_weight_tying"] is None:
         fields["ensure_weight_tying"] = False
     try:

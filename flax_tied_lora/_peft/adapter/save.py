@@ -14,9 +14,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from flax_tied_lora._adapters.adapted import Adapted, check_adapted, shapes_of
+from flax_tied_lora._adapters.plain_factors import plain as plain_form
 from flax_tied_lora._names.axis_maps import Padding, Scale
 from flax_tied_lora._names.layout import TorchWeight
 from flax_tied_lora._names.mapping import Names
+from flax_tied_lora._peft.adapter.as_written import note_of
 from flax_tied_lora._peft.adapter.base_tensors import (
     base_entries,
     is_resized,
@@ -25,6 +27,7 @@ from flax_tied_lora._peft.adapter.base_tensors import (
 )
 from flax_tied_lora._peft.adapter.file_tensors import PREFIX, FileTensor, file_tensors
 from flax_tied_lora._peft.adapter.folder import write_adapter
+from flax_tied_lora._peft.adapter.model_card import model_card
 from flax_tied_lora._peft.adapter.parameters import (
     TorchAdapter,
     parameters_of_adapter,
@@ -32,7 +35,9 @@ from flax_tied_lora._peft.adapter.parameters import (
     parameters_of_leaves,
     with_kind,
 )
+from flax_tied_lora._peft.adapter.plain_form import partners, zero_factors
 from flax_tied_lora._peft.adapter.saved_config import config_of
+from flax_tied_lora._peft.adapter.served import check_served, checked_readers
 from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._peft.files.safetensors_write import TensorSource
 from flax_tied_lora._planning.plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS
@@ -42,14 +47,16 @@ from flax_tied_lora._tree.paths import flatten, is_marker
 from flax_tied_lora._tree.processes import gathered
 
 
-def save_adapter(
+def save_adapter(  # noqa: PLR0913 - the directory's options are many
     directory: str | os.PathLike[str], adapted: Adapted, names: Names, *,
     base_model_name_or_path: str | None = None, dtype: DTypeLike | None = None,
     overwrite: bool = False, save_embedding_layers: bool | Literal["auto"] = "auto",
+    plain: bool = False, for_: str | Sequence[str] | None = None,
 ) -> None:  # fmt: skip
     """Writes adapters as PEFT's ``save_pretrained`` does: config and safetensors, no base.
 
-    ``PeftModel.from_pretrained``, vLLM and SGLang load the directory. A tied adapter is written
+    ``PeftModel.from_pretrained`` loads the directory, and servers do, which know less than PEFT:
+    docs/serving-elsewhere.md has what each of them takes. A tied adapter is written
     once for each of its modules, and the config says ``ensure_weight_tying`` where that makes PEFT
     tie them, too. Targets and patterns are written as they are where they mean the same modules to
     PEFT, which matches them against PyTorch's names, and as full names where they do not.
@@ -68,15 +75,27 @@ def save_adapter(
         in PyTorch has other rows for them. ``"auto"``: if the base model is a local directory whose
         ``config.json`` has another ``vocab_size``. (PEFT's "auto" also writes them where the
         embedding has factors.)
+      plain: whether to write what any reader of ``lora_A``, ``lora_B``, ``r`` and ``lora_alpha``
+        serves right: `arithmetic.plain` of the adapters, every module by its full name, and factors
+        of zeros for modules that servers fuse with adapted ones (query, key and value; gate and
+        up). It is loaded again as this plain adapter, and is the same function. Factors that
+        started from the weight want ``arithmetic.plain(adapted, params)`` first.
+      for_: by whom it will be read, one or several of ``"peft"``, ``"vllm"``, ``"sglang"``,
+        ``"llama.cpp"``, ``"mlx"`` and ``"tensorrt-llm"``: what one of them would not serve as it
+        was trained is refused. None: what a well-known one would serve wrongly without a word is
+        warned of (`ServingWarning`).
 
     Raises:
       TypeError: not an `Adapted`.
-      ValueError: an option is unknown; leaves that `names` has as one tensor have other values.
+      ValueError: an option or reader is unknown; leaves that `names` has as one tensor have other
+        values.
       UnmappedError: a leaf has no PyTorch name; it shows the line to add.
       AdapterFileError: an adapter has no form in PEFT's file, or its table another number of rows
-        than the config of the names says; or the directory cannot be written.
+        than the config of the names says; a reader would not serve it as it was trained; or the
+        directory cannot be written.
     """
     check_adapted("save_adapter", adapted)
+    readers = checked_readers(for_)
     if not isinstance(names, Names):
         raise TypeError(f"save_adapter: names is a {type(names).__name__}; expected names_of(...)")
     if save_embedding_layers not in (True, False, "auto"):
@@ -96,9 +115,13 @@ def save_adapter(
     adapted = adapted.replace(
         adapters=gathered(adapted.adapters), scaling=gathered(adapted.scaling)
     )
+    if plain:
+        adapted = _plain(adapted)
     adapters = _torch_adapters(adapted, names)
     modules = _kinds_of_modules(adapted, names)
     config = config_of(adapted, adapters, modules, names, base_model_name_or_path)
+    others = partners({m for a in adapters for m in a.modules}, leaves, names)
+    check_served(readers, adapters, config, {} if plain else others, names)
     entries: list[TensorSource] = []
     for a, tensors in zip(adapters, file_tensors(adapters), strict=True):
         arrays = adapted.adapters[a.adapter.kind][a.adapter.key]
@@ -107,6 +130,9 @@ def save_adapter(
             stored = np.dtype(dtype or array.dtype)
             get = functools.partial(_values, tensor, array, stored)
             entries.append(TensorSource(tensor.name, tensor.shape, stored, get))
+    if plain:
+        entries += zero_factors(others, config["r"], np.dtype(dtype or np.float32))
+        config |= {"target_modules": sorted({m for a in adapters for m in a.modules} | {*others})}
     entries += _rest_of_saved(adapted, adapters, names, {entry.name for entry in entries})
     base_model = config["base_model_name_or_path"]
     if save_embedding_layers == "auto":
@@ -117,7 +143,17 @@ def save_adapter(
         refuse_other_vocabulary(adapted, adapters, names)
     text = json.dumps(config, indent=2, allow_nan=False)
     entries.sort(key=lambda entry: entry.name)
-    write_adapter(directory, text, entries, overwrite=overwrite)
+    note = {} if plain else note_of(adapted.plan.config.to_dict(), config)
+    metadata = {"format": "pt", **note}
+    card = model_card(config, adapters)
+    write_adapter(directory, text, entries, metadata=metadata, readme=card, overwrite=overwrite)
+
+
+def _plain(adapted: Adapted) -> Adapted:
+    try:
+        return plain_form(adapted)
+    except ValueError as error:
+        raise AdapterFileError(f"save_adapter: plain=True: {error}") from error
 
 
 def _values(tensor: FileTensor, array: Any, dtype: np.dtype) -> np.ndarray:
@@ -148,7 +184,7 @@ def _torch_adapters(adapted: Adapted, names: Names) -> list[TorchAdapter]:
     adapters = []
     for group, adapter in plan.adapters():
         weights = parameters_of_adapter(group, adapter, names, leaves)
-        if len(weights) > 1 and weights[0].parameter == "weight" and names.family.endswith("t5"):
+        if len(weights) > 1 and weights[0].name == "shared.weight" and names.family.endswith("t5"):
             raise AdapterFileError(
                 f"save_adapter: {group.key!r} is T5's shared table, whose encoder and decoder "
                 "have no embedding modules of their own that PEFT could adapt; save_merged writes "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._config.axes_and_parts import OWN_KEY
 from flax_tied_lora._config.checks import as_tuple
+from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._config.regexes import problem
 from flax_tied_lora._names.layout import MATRIX
 from flax_tied_lora._names.mapping import Names
@@ -21,8 +23,6 @@ from flax_tied_lora._planning.plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKEN
 from flax_tied_lora._tree.paths import Listed, layer_index, matches
 
 PEFT_VERSION = "0.21.2"
-# The names of the layers that PEFT can tie (peft.utils.constants).
-_EMBEDDINGS = ("embed_tokens", "lm_head")
 _LISTED = ("target_modules", "exclude_modules")
 # What may be one counts as one: names in full are written then, which mean the same to PEFT.
 _LINEAR = ("linear", "conv1d", MATRIX)
@@ -53,15 +53,9 @@ def config_of(
     fields["ensure_weight_tying"] = flag
     heads = {head for tied in names.tied.values() for head in tied}
 
-    wanted = [m for a in lora for m in a.modules]
-    if _is_slow(fields) or _targeted(fields, modules, heads, names, flag) != set(wanted):
-        fields |= {
-            "target_modules": wanted, "exclude_modules": None, "layers_to_transform": None,
-            "layers_pattern": None,
-        }  # fmt: skip
+    _put_targets(fields, [m for a in lora for m in a.modules], modules, heads)
     fields["target_parameters"] = None
-    tied = _tied(modules, heads, names) if flag else set()
-    fields["modules_to_save"] = _modules_to_save(config.modules_to_save, saved, modules, tied)
+    fields["modules_to_save"] = _modules_to_save(config.modules_to_save, saved, modules)
     rows = {a.modules[0]: torch_rows(a) for a in tokens}
     written = fields["trainable_token_indices"]
     if rows and not isinstance(written, Mapping):
@@ -77,6 +71,7 @@ def config_of(
     if base_model_name_or_path is not None:
         fields["base_model_name_or_path"] = base_model_name_or_path
     fields["inference_mode"] = True  # as PEFT saves it
+    fields["task_type"] = config.task_type or _task_type(modules, names)
     fields["peft_version"] = fields["peft_version"] or PEFT_VERSION
     return dict(sorted(fields.items()))
 
@@ -87,27 +82,48 @@ def _is_slow(fields: Mapping[str, Any]) -> bool:
     return any(map(problem, [*regexes, *as_tuple(fields["layers_pattern"])]))
 
 
-def _targeted(
-    fields: Mapping[str, Any], modules: Mapping[str, str], heads: set[str], names: Names, flag: bool
-) -> set[str]:
-    """Returns the modules that PEFT would adapt; follows ``check_target_module_exists``."""
-    targets = fields["target_modules"]
-    if targets is None:
+def _task_type(modules: Mapping[str, str], names: Names) -> str | None:
+    """Returns what a model with a head for tokens is to PEFT's classes; None for any other.
+
+    Args:
+      modules: of the model, without those that share another's leaf.
+    """
+    last = {m.rpartition(".")[2] for m in modules}
+    if last & {"score", "classifier", "qa_outputs", "classification_head"} or "lm_head" not in last:
+        return None
+    return "SEQ_2_SEQ_LM" if names.family.endswith(("t5", "bart")) else "CAUSAL_LM"
+
+
+def _put_targets(
+    fields: dict[str, Any], wanted: list[str], modules: Mapping[str, str], heads: set[str]
+) -> None:
+    """Sets the fields that say what is adapted, by which every module with factors is named.
+
+    As they were written where PEFT means these modules by them; with those that it would add by
+    tying, in full, after them; or in full altogether. Readers other than PEFT tie nothing.
+    """
+    if not _is_slow(fields):
+        named = _targeted(fields, modules, heads)
+        if named == set(wanted):
+            return
+        if isinstance(fields["target_modules"], list | tuple):
+            longer = [*fields["target_modules"], *(m for m in wanted if m not in named)]
+            if _targeted({**fields, "target_modules": longer}, modules, heads) == set(wanted):
+                fields["target_modules"] = longer
+                return
+    fields |= {
+        "target_modules": wanted, "exclude_modules": None, "layers_to_transform": None,
+        "layers_pattern": None,
+    }  # fmt: skip
+
+
+def _targeted(fields: Mapping[str, Any], modules: Mapping[str, str], heads: set[str]) -> set[str]:
+    """Returns the modules that a config names; follows PEFT's ``check_target_module_exists``."""
+    if fields["target_modules"] is None:
         return set()
     listed = {f: Listed(fields[f] or ()) for f in _LISTED if not isinstance(fields[f], str)}
     fields = {**fields, **listed}
-    named = {m for m in modules if _is_target(fields, m, modules[m], heads)}
-    if isinstance(targets, str):
-        embedding = any(re.fullmatch(targets, name) for name in _EMBEDDINGS)
-    else:
-        embedding = any(t.rpartition(".")[2] in _EMBEDDINGS for t in targets)
-    return named | _tied(modules, heads, names) if flag and embedding else named
-
-
-def _tied(modules: Mapping[str, str], heads: set[str], names: Names) -> set[str]:
-    """Returns the modules that PEFT ties, if it is told to tie and one of them is named."""
-    embeddings = {names.to_torch(path, 2)[0].module for path in names.tied}
-    return (embeddings | heads) & set(modules)
+    return {m for m in modules if _is_target(fields, m, modules[m], heads)}
 
 
 def _is_target(fields: Mapping[str, Any], module: str, kind: str, heads: set[str]) -> bool:
@@ -128,16 +144,16 @@ def _is_target(fields: Mapping[str, Any], module: str, kind: str, heads: set[str
 
 
 def _modules_to_save(
-    written: Any, saved: Sequence[TorchAdapter], modules: Mapping[str, str], tied: set[str]
+    written: Any, saved: Sequence[TorchAdapter], modules: Mapping[str, str]
 ) -> list[str] | None:
-    """Returns the field: as it was written if PEFT means the same modules by it, else in full."""
+    """Returns the field: as it was written, with what PEFT would add by tying, or in full."""
     wanted = {m for a in saved for m in a.modules}
     if not wanted:
         return None if written is None else list(written)
     named = {m for m in modules if is_saved(m, written)}
-    if any(n.rpartition(".")[2] in _EMBEDDINGS for n in written):
-        named |= tied
-    return list(written) if named == wanted else sorted(wanted)
+    if named <= wanted:
+        return [*written, *sorted(wanted - named)]
+    return sorted(wanted)
 
 
 def is_saved(module: str, modules_to_save: Iterable[str] | None) -> bool:
@@ -162,9 +178,31 @@ def _put_ranks(fields: dict[str, Any], adapted: Adapted, lora: Sequence[TorchAda
             same = math.isclose(written / divisor, scaling, rel_tol=1e-6)
             alphas[module] = written if same else scaling * divisor
     slow = any(map(problem, [*config.rank_pattern, *config.alpha_pattern]))
+    config = _with_one_scale(fields, config, alphas)
     if slow or any(config.rank_for(m) != rank for m, rank in ranks.items()):
         fields["rank_pattern"] = {m: rank for m, rank in ranks.items() if rank != config.r}
     if slow or any(config.alpha_for(m) != alpha for m, alpha in alphas.items()):
         fields["alpha_pattern"] = {
             m: alpha for m, alpha in alphas.items() if alpha != config.lora_alpha
         }
+
+
+def _with_one_scale(
+    fields: dict[str, Any], config: LoraConfig, alphas: dict[str, float]
+) -> LoraConfig:
+    """Multiplies all alphas where all scalings are the written ones times one number.
+
+    Not every reader knows patterns, and every one knows ``lora_alpha``.
+    """
+    written = {m: config.alpha_for(m) for m in alphas}
+    scales = [alpha / written[m] if written[m] else 0 for m, alpha in alphas.items()]
+    by = scales[0] if scales else 1
+    if by in (0, 1) or not all(math.isclose(by, scale, rel_tol=1e-6) for scale in scales):
+        return config
+    fields["lora_alpha"] = config.lora_alpha * by
+    fields["alpha_pattern"] = {name: alpha * by for name, alpha in config.alpha_pattern.items()}
+    scaled = dataclasses.replace(
+        config, lora_alpha=fields["lora_alpha"], alpha_pattern=fields["alpha_pattern"]
+    )
+    alphas |= {m: scaled.alpha_for(m) for m in alphas}
+    return scaled

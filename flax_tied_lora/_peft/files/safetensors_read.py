@@ -44,10 +44,12 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensors of one or more safetensors files by name, each read when it is asked for.
 
     Shapes and dtypes come from the headers. The files stay open, so what is read is what was opened
-    even if they are replaced; `close`, or leaving a ``with``, closes them.
+    even if they are replaced; `close`, or leaving a ``with``, closes them. ``metadata`` are the
+    strings of the headers.
     """
 
     def __init__(self) -> None:
+        self.metadata: dict[str, str] = {}
         self._entries: dict[str, _Entry] = {}
         self._files: list[IO[bytes]] = []
         self._lock = threading.Lock()
@@ -154,7 +156,7 @@ class Tensors(Mapping[str, np.ndarray]):
             file.seek(8)
             read_into(file, memoryview(raw))
         entries = parse_object(bytes(raw), path)
-        entries.pop(formats.METADATA, None)
+        self.metadata |= entries.pop(formats.METADATA, None) or {}
         for name, entry in entries.items():
             if name in self._entries:
                 raise AdapterFileError(

@@ -17,7 +17,7 @@ from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._adapters.terms import weights_of
 from flax_tied_lora._adapters.untie import untied_leaves
 from flax_tied_lora._algebra.weight import Weight
-from flax_tied_lora._names.axis_maps import at_least_float32
+from flax_tied_lora._names.axis_map import at_least_float32
 from flax_tied_lora._names.layout import TorchWeight, index_of, to_torch_array
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, GroupPlan, Plan
 from flax_tied_lora._tree.foreign import refuse_models
@@ -47,7 +47,7 @@ class Leaf(NamedTuple):
 
     def torch(self, weight: TorchWeight) -> np.ndarray:
         """Returns a PyTorch parameter that the leaf is, or that is a slice of it; rounded once."""
-        wide = self.dtype if weight.factor == 1 else at_least_float32(self.dtype)
+        wide = self.dtype if weight.is_exact else at_least_float32(self.dtype)
         return to_torch_array(self.get(weight.part, wide), weight.of_slice, self.dtype)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flax_tied_lora import LoraConfig, arithmetic
-from flax_tied_lora._arithmetic import lowrank
+from flax_tied_lora._adapters import lowrank
 
 TABLE = "embed_tokens/embedding"
 close = functools.partial(chex.assert_trees_all_close, rtol=2e-5, atol=2e-5)
