@@ -11,6 +11,7 @@ from flax_tied_lora._names import gemma_tables, transformers_tables, tunix_table
 from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.line import LineEntry, make_line
 from flax_tied_lora._names.mapping import Names, Tie, UnmappedError
+from flax_tied_lora._names.model_config import config_field, says_tied
 
 _FAMILIES = {**transformers_tables.FAMILIES, **tunix_tables.FAMILIES, **gemma_tables.FAMILIES}
 # Those that have other leaves in models with as many key heads as heads.
@@ -56,7 +57,7 @@ def names_of(
     if name not in _FAMILIES and not lines:
         raise ValueError(_unknown(name))
     if tie_word_embeddings is None:
-        tie_word_embeddings = _field(model, "tie_word_embeddings")
+        tie_word_embeddings = says_tied(model)
     if tie_word_embeddings is None:
         tie_word_embeddings = tunix_tables.tunix_ties(model)
     names = Names(name, ())
@@ -66,7 +67,7 @@ def names_of(
     for path, modules in (tied or {}).items():
         known = ties[path].names if path in ties else ()
         ties[path] = Tie(path, tuple(dict.fromkeys((*known, *_modules(path, modules)))))
-    size = _field(model, "vocab_size")
+    size = config_field(model, "vocab_size")
     names = dataclasses.replace(
         names, extra=lines, ties=tuple(ties.values()),
         vocab_size=size if isinstance(size, int) else None,
@@ -109,7 +110,7 @@ def _ties(family: Family, tied: bool) -> tuple[Tie, ...]:
 def _family_name(model: Any) -> str:
     if model is None:
         return "own"
-    name = model if isinstance(model, str) else _field(model, "model_type")
+    name = model if isinstance(model, str) else config_field(model, "model_type")
     name = name or tunix_tables.tunix_family(model) or gemma_tables.gemma_family(model)
     if not isinstance(name, str):
         raise ValueError(
@@ -119,15 +120,9 @@ def _family_name(model: Any) -> str:
     return name
 
 
-def _field(model: Any, name: str) -> Any:
-    if isinstance(model, str):
-        return None
-    return model.get(name) if isinstance(model, Mapping) else getattr(model, name, None)
-
-
 def _is_fused(model: Any) -> bool:
-    heads = _field(model, "num_attention_heads") or _field(model, "num_heads")
-    keys = _field(model, "num_key_value_heads") or _field(model, "num_kv_heads")
+    heads = config_field(model, "num_attention_heads") or config_field(model, "num_heads")
+    keys = config_field(model, "num_key_value_heads") or config_field(model, "num_kv_heads")
     return heads is not None and heads == keys
 
 
