@@ -19,9 +19,10 @@ from flax_tied_lora._names import (
     transformers_tables,
     tunix_tables,
 )
-from flax_tied_lora._names.family import Family, config_field
+from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.line import LineEntry, make_line
 from flax_tied_lora._names.mapping import Names, Tie, UnmappedError
+from flax_tied_lora._names.model_config import config_field, says_tied
 
 _FAMILIES = {
     **transformers_tables.FAMILIES,
@@ -95,7 +96,7 @@ def names_of(
     if name not in FAMILIES and not lines:
         raise ValueError(_unknown(name))
     if tie_word_embeddings is None:
-        tie_word_embeddings = config_field(model, "tie_word_embeddings")
+        tie_word_embeddings = says_tied(model)
     if tie_word_embeddings is None:
         tie_word_embeddings = tunix_tables.tunix_ties(model)
     names = Names(name, ())
