@@ -10,6 +10,7 @@ from typing import Any
 from flax_tied_lora._names import (
     bonsai_tables,
     easydel_tables,
+    flax_examples_tables,
     gemma_tables,
     kerashub_tables,
     levanter_tables,
@@ -36,7 +37,12 @@ _FAMILIES = {
 # Those that have other leaves in models with as many key heads as heads.
 _FUSED = {**tunix_tables.FUSED, **gemma_tables.FUSED}
 # Those whose table depends on the model's config, and on how many rows PyTorch's table has.
-_CONFIGURED = {**maxtext_tables.FAMILIES, **kerashub_tables.FAMILIES, **t5x_tables.FAMILIES}
+_CONFIGURED = {
+    **maxtext_tables.FAMILIES,
+    **kerashub_tables.FAMILIES,
+    **t5x_tables.FAMILIES,
+    **flax_examples_tables.FAMILIES,
+}
 FAMILIES: tuple[str, ...] = (*_FAMILIES, *_CONFIGURED)
 
 
