@@ -93,7 +93,7 @@ def test_a_loss_without_logits(name):
             logit_soft_cap=model.config.logit_cap,
         )  # fmt: skip
 
-    def plain(params: Any, tokens: jax.Array) -> jax.Array:
+    def plain(params: Any, tokens: Any) -> Any:
         logits = nnx.merge(graph, params, copy=True)(tokens[:, :-1])
         chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[:, 1:, None], 2)
         return -chosen.mean()
