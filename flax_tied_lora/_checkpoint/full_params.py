@@ -54,14 +54,13 @@ def save_params(path: str | os.PathLike[str], params: Any, *, ties: Ties | Plan 
         ties = [group.tie() for group in ties.groups]
     groups = [g for g in find_ties(params, ties) if len(g.members) > 1]
     members = {m.path for g in groups for m in g.members[1:]}
-    leaves, treedef = flatten(params)
+    leaves, treedef = flatten(without_boxes(params))
     once = [None if name in members or is_marker(x) else x for name, x in leaves.items()]
     facts: dict[str, Any] = {"ties": [dataclasses.asdict(group) for group in groups]}
     stored = {n: [x.qtype, x.axis] for n, x in leaves.items() if is_quantized(x)}
     if stored:
         facts["quantized"] = stored
-    tree = without_boxes(jax.tree.unflatten(treedef, once))
-    write(path, orbax_args(facts, {"params": tree}))
+    write(path, orbax_args(facts, {"params": jax.tree.unflatten(treedef, once)}))
 
 
 def restore_params(

@@ -8,9 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flax_tied_lora._names import (
+    bonsai_tables,
+    easydel_tables,
     gemma_tables,
     kerashub_tables,
+    levanter_tables,
     maxtext_tables,
+    skyrl_tables,
+    t5x_tables,
     transformers_tables,
     tunix_tables,
 )
@@ -18,19 +23,33 @@ from flax_tied_lora._names.family import Family, config_field
 from flax_tied_lora._names.line import LineEntry, make_line
 from flax_tied_lora._names.mapping import Names, Tie, UnmappedError
 
-_FAMILIES = {**transformers_tables.FAMILIES, **tunix_tables.FAMILIES, **gemma_tables.FAMILIES}
+_FAMILIES = {
+    **transformers_tables.FAMILIES,
+    **tunix_tables.FAMILIES,
+    **gemma_tables.FAMILIES,
+    **easydel_tables.FAMILIES,
+    **skyrl_tables.FAMILIES,
+    **bonsai_tables.FAMILIES,
+    **levanter_tables.FAMILIES,
+}
 # Those that have other leaves in models with as many key heads as heads.
 _FUSED = {**tunix_tables.FUSED, **gemma_tables.FUSED}
 # Those whose table depends on the model's config, and on how many rows PyTorch's table has.
-_CONFIGURED = {**maxtext_tables.FAMILIES, **kerashub_tables.FAMILIES}
+_CONFIGURED = {**maxtext_tables.FAMILIES, **kerashub_tables.FAMILIES, **t5x_tables.FAMILIES}
 FAMILIES: tuple[str, ...] = (*_FAMILIES, *_CONFIGURED)
 
 
+# Before a config's ``model_type``: some that are transformers' by that have other leaves.
 _OF_CONFIGS = (
+    easydel_tables.easydel_family,
+    skyrl_tables.skyrl_family,
+    bonsai_tables.bonsai_family,
+    levanter_tables.levanter_family,
     tunix_tables.tunix_family,
     gemma_tables.gemma_family,
     maxtext_tables.maxtext_family,
     kerashub_tables.kerashub_family,
+    t5x_tables.t5x_family,
 )
 
 
@@ -47,8 +66,8 @@ def names_of(
     Args:
       model: a family's name (``FAMILIES`` lists them), a transformers config, a dict with its
         ``model_type`` (a ``config.json``), a tunix ``ModelConfig``, a gemma ``TransformerConfig``,
-        a MaxText config, a KerasHub backbone or task, or None for any other model, whose whole
-        table is ``extra``.
+        a config of MaxText, EasyDeL, SkyRL tx, bonsai or Levanter, a KerasHub backbone or task, a
+        T5X ``T5Config``, or None for any other model, whose whole table is ``extra``.
       extra: further lines, which take precedence over the family's: see `flax_tied_lora.names`.
       tie_word_embeddings: whether input and output are tied; by default what the config says, or
         the family's own default.
@@ -134,9 +153,10 @@ def _ties(family: Family, tied: bool) -> tuple[Tie, ...]:
 def _family_name(model: Any) -> str:
     if model is None:
         return "own"
-    name = model if isinstance(model, str) else config_field(model, "model_type")
+    name = model if isinstance(model, str) else None
     for known in _OF_CONFIGS:
         name = name or known(model)
+    name = name or config_field(model, "model_type")
     if not isinstance(name, str):
         raise ValueError(
             f"names_of takes a family's name, a model's config, a dict with its model_type, or "

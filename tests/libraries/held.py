@@ -79,10 +79,13 @@ class Held:
         return quarters(wrapped)
 
 
-def optax_step(call: Callable[..., Any], params: Any, targets: list[str]) -> tuple[float, float]:
+def optax_step(
+    call: Callable[..., Any], params: Any, targets: list[str], ties: Any = None
+) -> tuple[float, float]:
     """Trains one step of AdamW; returns the loss before it and behind it."""
     lora = tied_lora.LoraConfig(r=2, target_modules=targets)
-    adapted = tied_lora.wrap(params, lora, sites=tied_lora.trace(call, params, TOKENS))
+    declared = {} if ties is None else {"ties": ties}
+    adapted = tied_lora.wrap(params, lora, sites=tied_lora.trace(call, params, TOKENS), **declared)
 
     def loss(adapted: Any) -> Any:
         return comparing.loss_of(tied_lora.adapt(call)(adapted, TOKENS), TOKENS)
@@ -112,10 +115,11 @@ def row_of(held: Held, folder: Path) -> tuple[str, ...]:
 
 
 def _tie(held: Held) -> str:
-    assert {s.role for s in held.sites.of(held.table)} == {"lookup", "projection"}
-    if held.ties is None:
-        [group] = tied_lora.find_ties(held.params, sites=held.sites)
-        assert (group.key, group.found) == (held.table, ("data flow",))
+    tied = [p for pair in held.ties for p in pair] if held.ties else [held.table]
+    assert {s.role for p in tied for s in held.sites.of(p)} == {"lookup", "projection"}
+    if not held.ties:
+        groups = {g.key: g for g in tied_lora.find_ties(held.params, sites=held.sites)}
+        assert groups[held.table].found == ("data flow",)
         return "found"
     return "declared"
 
@@ -124,8 +128,9 @@ def _low_rank(held: Held) -> str:
     explanation = tied_lora.explain(held.call, held.adapted, TOKENS)
     explanation.assert_tied()
     assert {r.served for r in explanation.reads} == {"low rank"}, str(explanation)
-    read = {r.site.leaf for r in explanation.reads}
-    assert len(read) == len(held.adapted.plan.groups)
+    groups = held.adapted.plan.groups
+    of = {m.path: g.key for g in groups for m in g.members}
+    assert {of[r.site.leaf] for r in explanation.reads} == {g.key for g in groups}
     return f"{len(explanation.reads)} of {len(explanation.reads)}"
 
 

@@ -184,7 +184,7 @@ def _torch_adapters(adapted: Adapted, names: Names) -> list[TorchAdapter]:
     adapters = []
     for group, adapter in plan.adapters():
         weights = parameters_of_adapter(group, adapter, names, leaves)
-        if len(weights) > 1 and weights[0].parameter == "weight" and names.family.endswith("t5"):
+        if len(weights) > 1 and weights[0].name == "shared.weight" and names.family.endswith("t5"):
             raise AdapterFileError(
                 f"save_adapter: {group.key!r} is T5's shared table, whose encoder and decoder "
                 "have no embedding modules of their own that PEFT could adapt; save_merged writes "

@@ -1,0 +1,74 @@
+"""Lines of decoders that call a layer's modules as Hugging Face does, with leaves of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax_tied_lora._names.family import Family
+from flax_tied_lora._names.line import make_line
+
+LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
+GEMMA_NORMS = (*LLAMA_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+HEAD_NORMS = ("q_norm", "k_norm")
+
+_IN_OUT, _OUT_IN = "in out -> out in", "out in -> out in"
+_MLP = ("gate", "up", "down")
+# Layouts of a layer's projections: flat kernels; with an axis of heads; Haliax's, outputs first.
+FLAT = dict.fromkeys((*"qkvo", *_MLP), _IN_OUT)
+HEADS = {
+    **dict.fromkeys("qkv", "in heads dim -> (heads dim) in"),
+    "o": "heads dim out -> out (heads dim)",
+    **dict.fromkeys(_MLP, _IN_OUT),
+}
+OUTPUTS_FIRST = {
+    "q": "kv group dim in -> (kv group dim) in",
+    **dict.fromkeys("kv", "kv dim in -> (kv dim) in"),
+    "o": "out heads dim -> out (heads dim)",
+    **dict.fromkeys(_MLP, _OUT_IN),
+}
+
+
+def decoder(
+    *, table: str, layers: str, last_norm: str, head: str, leaf: str, scale: str,
+    layouts: Mapping[str, str], stacked: bool = False, attention: str = "self_attn",
+    norms: Sequence[str] = LLAMA_NORMS, head_norms: Sequence[str] = (), **family: Any,
+) -> Family:  # fmt: skip
+    """Returns what is known of a family.
+
+    Args:
+      table: path of the input embedding.
+      layers: path of the layers, or of a stack of them.
+      last_norm: path of the norm behind them.
+      head: path of the output projection's leaf, where there is one.
+      leaf, scale: names of a projection's leaf, and of a norm's.
+      layouts: of a layer's projections, one of those above.
+      stacked: whether all layers are one leaf, along its first axis.
+      attention: name of a layer's attention.
+      norms, head_norms: names of a layer's norms, and of those in its attention.
+      family: more fields of `Family`.
+    """
+    block = layers if stacked else f"{layers}/{{}}"
+    torch = "model.layers.{layer}" if stacked else "model.layers.{}"
+
+    def line(path: str, name: str, layout: str) -> tuple[str, ...]:
+        layout = f"{{layer}} {layout}" if stacked else layout
+        return f"{block}/{path}", f"{torch}.{name}.weight", layout
+
+    lines = [
+        (table, "model.embed_tokens.weight", "row column -> row column", "embedding"),
+        (head, "lm_head.weight", _OUT_IN if layouts is OUTPUTS_FIRST else _IN_OUT),
+        (f"{last_norm}/{scale}", "model.norm.weight", "d -> d"),
+    ]
+    for p, layout in layouts.items():
+        ours, theirs = ("mlp", "mlp") if p in _MLP else (attention, "self_attn")
+        lines.append(line(f"{ours}/{p}_proj/{leaf}", f"{theirs}.{p}_proj", layout))
+    lines += [line(f"{n}/{scale}", n, "d -> d") for n in norms]
+    lines += [line(f"{attention}/{n}/{scale}", f"self_attn.{n}", "d -> d") for n in head_norms]
+    return Family(
+        tuple(make_line(x, "linear") for x in lines),
+        table,
+        head_leaf=head,
+        ignored=(r"(.*\.)?rotary_emb\.inv_freq",),
+        **family,
+    )
