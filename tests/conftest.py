@@ -88,7 +88,7 @@ NEEDED = {
         "whole/test_docs.py::test_page_runs[docs/vocabulary.md",
     ),
     # Flags for the forms that programs are to take, and objects of one's own in them.
-    "jax>=0.11": ("interpreter/test_jaxprs_high.py",),
+    "jax>=0.11": ("interpreter/test_jaxprs_high.py", "interpreter/test_jaxprs_own_types.py"),
 }  # fmt: skip
 # Compiled programs are never dropped by JAX itself; past this much a worker starts again from none.
 CACHE_LIMIT_KIB = 3 * 1024 * 1024
