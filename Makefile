@@ -15,7 +15,7 @@ SPREAD := -n $(WORKERS) --dist worksteal
 .PHONY: demo quick test test-libraries test-slow test-hijax test-gpu test-tpu lint format bench bench-long clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/finetune_smollm2.py $(DEMO_ARGS)
+	$(BIN)/python examples/finetune.py --output demo_output $(DEMO_ARGS)
 
 # What is pure Python or compiles little, the rules, and a few of the oracle's programs: a minute on
 # two idle cores, without torch, peft and transformers.

@@ -65,22 +65,25 @@ OTHERS_MODELS = {
     Path(__file__).parent / name
     for name in (
         "models", "libraries", "against_torch", "features/test_quantized_smollm2.py",
-        "examples/test_finetune.py", "examples/test_finetune_stopped.py",
-        "examples/test_smollm2.py", "examples/test_on_a_mesh.py",
-        "examples/test_on_a_mesh_stopped.py",
+        "examples/test_finetune.py", "examples/test_finetune_chat.py",
+        "examples/test_finetune_peft.py", "examples/test_finetune_refused.py",
+        "examples/test_finetune_stopped.py", "examples/test_llama.py", "examples/test_smollm2.py",
+        "examples/test_on_a_mesh.py", "examples/test_on_a_mesh_stopped.py",
     )
 }  # fmt: skip
 # Where PyTorch's CPU build is not to be had (Python 3.12 and newer) the extra ``test`` installs
 # neither it nor a transformers with Flax classes. Only these files, folders and tests need them.
 # MaxText is for Python 3.12 and newer.
 NEEDED = {
-    "torch": ("against_torch", "examples/test_smollm2.py", "libraries/test_gemma.py",
-              "libraries/test_reference.py",
-              "whole/test_benchmarks.py::test_a_program_runs[against_peft"),
+    "torch": (
+        "against_torch", "examples/test_finetune_peft.py", "examples/test_llama.py",
+        "examples/test_smollm2.py", "libraries/test_gemma.py", "libraries/test_reference.py",
+        "whole/test_benchmarks.py::test_a_program_runs[against_peft",
+    ),
     "maxtext": ("libraries/test_maxtext.py",),
     "transformers<5": (
-        "examples/test_finetune.py", "features/test_quantized_smollm2.py", "models",
-        "whole/test_training_loops.py", "whole/test_benchmarks.py::test_a_program_runs[decoding",
+        "examples/test_smollm2.py", "models", "whole/test_training_loops.py",
+        "whole/test_benchmarks.py::test_a_program_runs[decoding",
         "whole/test_docs.py::test_page_runs[docs/losses.md",
         "whole/test_docs.py::test_page_runs[docs/vocabulary.md",
     ),

@@ -10,6 +10,7 @@ from typing import Any
 from flax_tied_lora._names import (
     bonsai_tables,
     easydel_tables,
+    flax_examples_tables,
     gemma_tables,
     kerashub_tables,
     levanter_tables,
@@ -19,9 +20,10 @@ from flax_tied_lora._names import (
     transformers_tables,
     tunix_tables,
 )
-from flax_tied_lora._names.family import Family, config_field
+from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.line import LineEntry, make_line
 from flax_tied_lora._names.mapping import Names, Tie, UnmappedError
+from flax_tied_lora._names.model_config import config_field, says_tied
 
 _FAMILIES = {
     **transformers_tables.FAMILIES,
@@ -35,7 +37,12 @@ _FAMILIES = {
 # Those that have other leaves in models with as many key heads as heads.
 _FUSED = {**tunix_tables.FUSED, **gemma_tables.FUSED}
 # Those whose table depends on the model's config, and on how many rows PyTorch's table has.
-_CONFIGURED = {**maxtext_tables.FAMILIES, **kerashub_tables.FAMILIES, **t5x_tables.FAMILIES}
+_CONFIGURED = {
+    **maxtext_tables.FAMILIES,
+    **kerashub_tables.FAMILIES,
+    **t5x_tables.FAMILIES,
+    **flax_examples_tables.FAMILIES,
+}
 FAMILIES: tuple[str, ...] = (*_FAMILIES, *_CONFIGURED)
 
 
@@ -95,7 +102,7 @@ def names_of(
     if name not in FAMILIES and not lines:
         raise ValueError(_unknown(name))
     if tie_word_embeddings is None:
-        tie_word_embeddings = config_field(model, "tie_word_embeddings")
+        tie_word_embeddings = says_tied(model)
     if tie_word_embeddings is None:
         tie_word_embeddings = tunix_tables.tunix_ties(model)
     names = Names(name, ())
