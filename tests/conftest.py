@@ -71,11 +71,12 @@ OTHERS_MODELS = {
 }  # fmt: skip
 # Where PyTorch's CPU build is not to be had (Python 3.12 and newer) the extra ``test`` installs
 # neither it nor a transformers with Flax classes. Only these files and folders need them. MaxText
-# is for Python 3.12 and newer.
+# is for Python 3.12 and newer, skyrl-tx (``tx``) for older ones.
 NEEDED = {
     "torch": ("against_torch", "examples/test_smollm2.py", "libraries/test_gemma.py",
               "libraries/test_reference.py"),
     "maxtext": ("libraries/test_maxtext.py",),
+    "tx": ("libraries/test_skyrl.py",),
     "transformers<5": (
         "examples/test_finetune.py", "features/test_quantized_smollm2.py", "models",
         "whole/test_training_loops.py",

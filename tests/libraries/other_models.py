@@ -56,9 +56,7 @@ TITLES = {"llama": "Llama", "qwen3": "Qwen 3", "gemma3": "Gemma 3"}
 def build(name: str) -> Held:
     like = FAMILIES[name]
     targets = [like.table, *(f"{p}_proj/{like.leaf}" for p in like.axes)]
-    ties: Any = None
-    if like.head:  # EasyDeL's is there and not read: the table is one leaf, and no other is tied
-        ties = [(like.table, like.head)] if like.reads_head else []
+    ties = [(like.table, like.head)] if like.reads_head else None  # EasyDeL reads the table
     return Held(
         library=f"{LIBRARIES[name.partition('/')[0]]} (imitation)",
         family=TITLES[like.family],
