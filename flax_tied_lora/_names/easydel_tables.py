@@ -18,7 +18,6 @@ def _family(**fields: Any) -> Family:
         leaf="kernel",
         scale="kernel",
         layouts=FLAT,
-        keeps_head_leaf=True,  # where the config ties, it is there and not read
         **fields,
     )
 

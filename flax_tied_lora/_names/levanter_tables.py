@@ -43,7 +43,9 @@ def _gpt2() -> Family:
     ]  # fmt: skip
     for module, layout in weights.items():
         name = f"{torch}.{module.replace('/', '.')}"
-        lines.append((f"{block}/{module}/weight", f"{name}.weight", f"{{layer}} {layout}", "conv1d"))
+        lines.append(
+            (f"{block}/{module}/weight", f"{name}.weight", f"{{layer}} {layout}", "conv1d")
+        )
         bias = biases.get(module, "d -> d")
         lines.append((f"{block}/{module}/bias", f"{name}.bias", f"{{layer}} {bias}"))
     for leaf in ("weight", "bias"):

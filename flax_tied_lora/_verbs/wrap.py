@@ -94,7 +94,7 @@ def wrap_as(
         _warn_of_dropped(group, leaves)
     plan = make_plan(config, leaves, groups, sites, says_untied(ties), named)
     if ties == "auto":
-        _warn_of_twins(plan, leaves, sites)
+        _warn_of_twins(plan, leaves)
     scalings = {a.key: config.scaling_for(a.module) for _, a in plan.adapters(LORA)}
     adapters = make_adapters(plan, leaves, boxes_of(params), rng)
     abstract = any(isinstance(array_of(leaves[g.key]), jax.ShapeDtypeStruct) for g in plan.adapted)
@@ -168,10 +168,7 @@ def _warn_of_dropped(group: TieGroup, leaves: Mapping[str, Any]) -> None:
         )
 
 
-def _warn_of_twins(plan: Plan, leaves: Mapping[str, Any], sites: CallSites | None) -> None:
-    if sites is not None:  # a copy that no call reads changes nothing
-        own = {m.path for group in plan.adapted for m in group.members}
-        leaves = {p: x for p, x in leaves.items() if p in own or sites.of(p)}
+def _warn_of_twins(plan: Plan, leaves: Mapping[str, Any]) -> None:
     named = tables(leaves)
     for group in plan.adapted:
         among = leaves if group.is_table else named
