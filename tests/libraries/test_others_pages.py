@@ -26,7 +26,8 @@ def test_page_runs(page, tmp_path, monkeypatch):
     held = build(PAGES[page])
     text = (ROOT / "docs" / "libraries" / f"{page}.md").read_text()
     first, *blocks = re.findall(r"```python no-run\n(.*?)```", text, re.DOTALL)
-    assert "def logits_of" in first and len(blocks) == 2
+    assert "def logits_of" in first
+    assert len(blocks) == 2
     config = {"model_type": PAGES[page], "tie_word_embeddings": True}
     names: dict[str, Any] = {
         "params": held.params, "logits_of": held.call, "tokens": TOKENS, "config": config,

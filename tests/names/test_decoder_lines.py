@@ -1,4 +1,4 @@
-"""Tables of EasyDeL's, SkyRL tx's, bonsai's and Levanter's families, and the configs that mean them.
+"""Tables of EasyDeL, SkyRL tx, bonsai and Levanter, and the configs that mean them.
 
 `tests/libraries/` compares models under these names with PyTorch's.
 """
