@@ -73,7 +73,7 @@ OTHERS_MODELS = {
 }  # fmt: skip
 # Where PyTorch's CPU build is not to be had (Python 3.12 and newer) the extra ``test`` installs
 # neither it nor a transformers with Flax classes. Only these files, folders and tests need them.
-# MaxText is for Python 3.12 and newer.
+# MaxText is for Python 3.12 and newer, skyrl-tx (``tx``) for older ones.
 NEEDED = {
     "torch": (
         "against_torch", "examples/test_finetune_peft.py", "examples/test_llama.py",
@@ -81,6 +81,7 @@ NEEDED = {
         "whole/test_benchmarks.py::test_a_program_runs[against_peft",
     ),
     "maxtext": ("libraries/test_maxtext.py",),
+    "tx": ("libraries/test_skyrl.py",),
     "transformers<5": (
         "examples/test_smollm2.py", "models", "whole/test_training_loops.py",
         "whole/test_benchmarks.py::test_a_program_runs[decoding",

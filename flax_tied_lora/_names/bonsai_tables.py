@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flax_tied_lora._names.decoder_lines import HEAD_NORMS, HEADS, decoder
+from flax_tied_lora._names.decoder_lines import HEAD_NORMS, HEADS, Decoder
 from flax_tied_lora._names.family import Family
 
 FAMILIES: dict[str, Callable[[], Family]] = {
-    "bonsai/qwen3": lambda: decoder(
+    "bonsai/qwen3": lambda: Decoder(
         table="embedder/embedding",
         layers="layers",
         last_norm="final_norm",
@@ -19,8 +19,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
         layouts=HEADS,
         attention="attn",
         head_norms=HEAD_NORMS,
-        keeps_head_leaf=True,
-    ),
+    ).family(keeps_head_leaf=True),
 }
 
 

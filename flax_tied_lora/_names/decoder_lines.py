@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ HEAD_NORMS = ("q_norm", "k_norm")
 _IN_OUT, _OUT_IN = "in out -> out in", "out in -> out in"
 _MLP = ("gate", "up", "down")
 # Layouts of a layer's projections: flat kernels; with an axis of heads; Haliax's, outputs first.
-FLAT = dict.fromkeys((*"qkvo", *_MLP), _IN_OUT)
+FLAT: dict[str, str] = dict.fromkeys((*"qkvo", *_MLP), _IN_OUT)
 HEADS = {
     **dict.fromkeys("qkv", "in heads dim -> (heads dim) in"),
     "o": "heads dim out -> out (heads dim)",
@@ -29,14 +30,11 @@ OUTPUTS_FIRST = {
 }
 
 
-def decoder(
-    *, table: str, layers: str, last_norm: str, head: str, leaf: str, scale: str,
-    layouts: Mapping[str, str], stacked: bool = False, attention: str = "self_attn",
-    norms: Sequence[str] = LLAMA_NORMS, head_norms: Sequence[str] = (), **family: Any,
-) -> Family:  # fmt: skip
-    """Returns what is known of a family.
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """How a library stores a decoder.
 
-    Args:
+    Attributes:
       table: path of the input embedding.
       layers: path of the layers, or of a stack of them.
       last_norm: path of the norm behind them.
@@ -46,29 +44,44 @@ def decoder(
       stacked: whether all layers are one leaf, along its first axis.
       attention: name of a layer's attention.
       norms, head_norms: names of a layer's norms, and of those in its attention.
-      family: more fields of `Family`.
     """
-    block = layers if stacked else f"{layers}/{{}}"
-    torch = "model.layers.{layer}" if stacked else "model.layers.{}"
 
-    def line(path: str, name: str, layout: str) -> tuple[str, ...]:
-        layout = f"{{layer}} {layout}" if stacked else layout
-        return f"{block}/{path}", f"{torch}.{name}.weight", layout
+    table: str
+    layers: str
+    last_norm: str
+    head: str
+    leaf: str
+    scale: str
+    layouts: Mapping[str, str]
+    stacked: bool = False
+    attention: str = "self_attn"
+    norms: Sequence[str] = LLAMA_NORMS
+    head_norms: Sequence[str] = ()
 
-    lines = [
-        (table, "model.embed_tokens.weight", "row column -> row column", "embedding"),
-        (head, "lm_head.weight", _OUT_IN if layouts is OUTPUTS_FIRST else _IN_OUT),
-        (f"{last_norm}/{scale}", "model.norm.weight", "d -> d"),
-    ]
-    for p, layout in layouts.items():
-        ours, theirs = ("mlp", "mlp") if p in _MLP else (attention, "self_attn")
-        lines.append(line(f"{ours}/{p}_proj/{leaf}", f"{theirs}.{p}_proj", layout))
-    lines += [line(f"{n}/{scale}", n, "d -> d") for n in norms]
-    lines += [line(f"{attention}/{n}/{scale}", f"self_attn.{n}", "d -> d") for n in head_norms]
-    return Family(
-        tuple(make_line(x, "linear") for x in lines),
-        table,
-        head_leaf=head,
-        ignored=(r"(.*\.)?rotary_emb\.inv_freq",),
-        **family,
-    )
+    def family(self, **fields: Any) -> Family:
+        """Returns what is known of it; ``fields`` are more of `Family`."""
+        head = _OUT_IN if self.layouts is OUTPUTS_FIRST else _IN_OUT
+        lines: list[tuple[str, ...]] = [
+            (self.table, "model.embed_tokens.weight", "row column -> row column", "embedding"),
+            (self.head, "lm_head.weight", head),
+            (f"{self.last_norm}/{self.scale}", "model.norm.weight", "d -> d"),
+        ]
+        for p, layout in self.layouts.items():
+            ours, theirs = ("mlp", "mlp") if p in _MLP else (self.attention, "self_attn")
+            lines.append(self._line(f"{ours}/{p}_proj/{self.leaf}", f"{theirs}.{p}_proj", layout))
+        names = {n: n for n in self.norms}
+        names |= {f"{self.attention}/{n}": f"self_attn.{n}" for n in self.head_norms}
+        lines += [self._line(f"{f}/{self.scale}", t, "d -> d") for f, t in names.items()]
+        return Family(
+            tuple(make_line(x, "linear") for x in lines),
+            self.table,
+            head_leaf=self.head,
+            ignored=(r"(.*\.)?rotary_emb\.inv_freq",),
+            **fields,
+        )
+
+    def _line(self, path: str, name: str, layout: str) -> tuple[str, ...]:
+        if self.stacked:
+            stack = f"{self.layers}/{path}", f"model.layers.{{layer}}.{name}.weight"
+            return *stack, f"{{layer}} {layout}"
+        return f"{self.layers}/{{}}/{path}", f"model.layers.{{}}.{name}.weight", layout

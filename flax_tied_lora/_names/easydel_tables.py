@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flax_tied_lora._names.decoder_lines import FLAT, GEMMA_NORMS, HEAD_NORMS, decoder
+from flax_tied_lora._names.decoder_lines import FLAT, GEMMA_NORMS, HEAD_NORMS, Decoder
 from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.model_config import config_field
 
 
-def _family(**fields: Any) -> Family:
-    return decoder(
+def _family(*, tied: bool, **fields: Any) -> Family:
+    return Decoder(
         table="model/embed_tokens/embedding",
         layers="model/layers",
         last_norm="model/norm",
@@ -19,15 +19,14 @@ def _family(**fields: Any) -> Family:
         leaf="kernel",
         scale="kernel",
         layouts=FLAT,
-        keeps_head_leaf=True,  # where the config ties, it is there and not read
         **fields,
-    )
+    ).family(tied=tied)
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "easydel/llama": lambda: _family(tied=False),
     "easydel/qwen3": lambda: _family(tied=False, head_norms=HEAD_NORMS),
-    "easydel/gemma3": lambda: _family(norms=GEMMA_NORMS, head_norms=HEAD_NORMS),
+    "easydel/gemma3": lambda: _family(tied=True, norms=GEMMA_NORMS, head_norms=HEAD_NORMS),
 }
 
 

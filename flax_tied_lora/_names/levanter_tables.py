@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flax_tied_lora._names.decoder_lines import OUTPUTS_FIRST, decoder
+from flax_tied_lora._names.decoder_lines import OUTPUTS_FIRST, Decoder
 from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.line import make_line
 
@@ -13,7 +13,7 @@ _TABLE = "embeddings/token_embeddings/weight"
 
 
 def _llama() -> Family:
-    return decoder(
+    return Decoder(
         table=_TABLE,
         layers="transformer/layers/stacked",
         last_norm="transformer/norm",
@@ -22,8 +22,7 @@ def _llama() -> Family:
         scale="weight",
         layouts=OUTPUTS_FIRST,
         stacked=True,
-        tied=False,
-    )
+    ).family(tied=False)
 
 
 def _gpt2() -> Family:

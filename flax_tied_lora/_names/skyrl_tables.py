@@ -1,17 +1,17 @@
-"""The tables of names of SkyRL tx's families: Hugging Face's modules, with stacked layers or not."""
+"""The tables of names of SkyRL tx's families: Hugging Face's modules, layers stacked or not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from flax_tied_lora._names.decoder_lines import FLAT, HEAD_NORMS, decoder
+from flax_tied_lora._names.decoder_lines import FLAT, HEAD_NORMS, Decoder
 from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.model_config import config_field
 
 
 def _family(*, stacked: bool, **fields: Any) -> Family:
-    return decoder(
+    return Decoder(
         table="model/embed_tokens/embedding",
         layers="model/layers/_stacked" if stacked else "model/layers",
         last_norm="model/norm",
@@ -20,9 +20,8 @@ def _family(*, stacked: bool, **fields: Any) -> Family:
         scale="weight",
         layouts=FLAT,
         stacked=stacked,
-        tied=False,
         **fields,
-    )
+    ).family(tied=False)
 
 
 # Since skyrl 0.4 layers are stacked, and Qwen 3's projections fused, of which there is no table.

@@ -38,8 +38,7 @@ class Like:
       leaf, scale: names of a projection's leaf and a norm's.
       attention: name of a layer's attention.
       stacked: whether the layers are stacked, and scanned.
-      head: path of the head's leaf, where there is one.
-      reads_head: whether it is read, and not the table.
+      head: path of the head's leaf, where that is read and not the table.
     """
 
     family: str
@@ -52,7 +51,6 @@ class Like:
     attention: str = "self_attn"
     stacked: bool = False
     head: str | None = None
-    reads_head: bool = False
 
     @property
     def count(self) -> int:
@@ -113,7 +111,7 @@ class Like:
                 block = {path: params[f"{self.layers}/{i}/{path}"] for path in self.block}
                 x = self._layer(block, x, i)
         x = self._norm(params[f"{self.last_norm}/{self.scale}"], x)
-        if self.head and self.reads_head:
+        if self.head:
             return jnp.einsum("btd,dv->btv", x, params[self.head])
         return x @ params[self.table].T
 

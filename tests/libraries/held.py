@@ -117,7 +117,7 @@ def row_of(held: Held, folder: Path) -> tuple[str, ...]:
 def _tie(held: Held) -> str:
     tied = [p for pair in held.ties for p in pair] if held.ties else [held.table]
     assert {s.role for p in tied for s in held.sites.of(p)} == {"lookup", "projection"}
-    if not held.ties:
+    if held.ties is None:
         groups = {g.key: g for g in tied_lora.find_ties(held.params, sites=held.sites)}
         assert groups[held.table].found == ("data flow",)
         return "found"

@@ -13,7 +13,7 @@ _MODEL: dict[str, Any] = {
     "table": "model/embed_tokens/embedding", "layers": "model/layers", "last_norm": "model/norm",
     "leaf": "kernel", "axes": FLAT,
 }  # fmt: skip
-_EASYDEL = {**_MODEL, "scale": "kernel", "head": "lm_head/kernel"}
+_EASYDEL = {**_MODEL, "scale": "kernel"}  # its head, which is not read, is left out
 _SKYRL = {**_MODEL, "scale": "weight"}
 # By the name of the table of names.
 FAMILIES: dict[str, Like] = {
@@ -33,7 +33,6 @@ FAMILIES: dict[str, Like] = {
         scale="scale",
         attention="attn",
         head="lm_head/kernel",
-        reads_head=True,
     ),
     "levanter/llama": Like(
         "llama",
@@ -56,9 +55,7 @@ TITLES = {"llama": "Llama", "qwen3": "Qwen 3", "gemma3": "Gemma 3"}
 def build(name: str) -> Held:
     like = FAMILIES[name]
     targets = [like.table, *(f"{p}_proj/{like.leaf}" for p in like.axes)]
-    ties: Any = None
-    if like.head:  # EasyDeL's is there and not read: the table is one leaf, and no other is tied
-        ties = [(like.table, like.head)] if like.reads_head else []
+    ties = [(like.table, like.head)] if like.head else None
     return Held(
         library=f"{LIBRARIES[name.partition('/')[0]]} (imitation)",
         family=TITLES[like.family],
