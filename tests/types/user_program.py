@@ -93,12 +93,13 @@ def functional(tokens: jax.Array, folder: Path) -> jax.Array:
     variables = [Variable("up/kernel", merged["up"]["kernel"])]
     listed: list[jax.Array] = names.in_order(variables, names.by_path(variables))
     assert len(listed) == 1
-    peft.save_adapter(folder / "peft", trained, table, save_embedding_layers=False)
+    peft.save_adapter(folder / "peft", trained, table, save_embedding_layers=False, for_="peft")
     loaded = peft.load_adapter(folder / "peft", params, table, tied_copies="same")
     peft.save_merged(folder / "torch", trained, table, {"model_type": "own"}, dtype=jnp.bfloat16)
 
     both = arithmetic.combine([trained, loaded], [0.5, 0.5], how="cat")
     both = arithmetic.switch(arithmetic.padded(both, 8), arithmetic.scale(trained, 2.0))
+    both = arithmetic.plain(both, params)
     found: arithmetic.Extraction = arithmetic.extract(params, merged, config, sites=sites)
     stacked = serving.put(serving.stack([trained, loaded], capacity=3), 2, found.adapted)
     served = tied_lora.adapt(apply)
