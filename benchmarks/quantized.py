@@ -20,12 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import _harness
 import corpus
-import finetune_smollm2
+import finetune
 import jax
-import jax.numpy as jnp
-import numpy as np
-import smollm2
-import training
+from job import Job, State
 
 import flax_tied_lora as tied_lora
 
@@ -38,36 +35,28 @@ def finetuned(qtype: str, steps: int) -> dict[str, float]:
     options = ["--steps", str(steps), "--held-out-tokens", "3000"]
     options += ["--output", tempfile.gettempdir()]  # nothing is written
     options += [] if qtype == FLOAT else ["--quantize", qtype]
-    args = finetune_smollm2.parser().parse_args(options)
-    job = training.Job(args)
-    tokens = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
-    sites = tied_lora.trace(job.apply_plain, job.params, tokens)
-    config = tied_lora.LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=args.targets)
-    adapted = tied_lora.wrap(job.params, config, sites=sites, ties=smollm2.TIES)
-    explanation = tied_lora.explain(job.apply_plain, adapted, tokens)
+    args = finetune.options(options)
+    job = Job(args)
+    adapted = job.wrap(job.params)
+    explanation = tied_lora.explain(job.plain_loss, adapted, *job.shapes())
     explanation.assert_tied()
     assert {r.served for r in explanation.reads} <= {"low rank", "plain", "quantised"}
 
-    def loss(adapted: tied_lora.Adapted) -> float:
-        batches = job.held_out.reshape(-1, args.batch, args.length + 1)
-        return float(np.mean([job.loss(adapted, jnp.asarray(rows)) for rows in batches]))
-
-    before = loss(adapted)
-    adapters, frozen = adapted.adapters, adapted.replace(adapters=None)
-    state = job.optimizer.init(adapters)
-    rows = map(jnp.asarray, corpus.batches(job.train_tokens, args.batch, args.length, 0, 0))
-    step = job.train_step.lower(adapters, state, frozen, next(rows), 0).compile()
+    state = State(adapted, job.optimizer.init(adapted.adapters), 0, [], [], "")
+    before = job.held_out_loss(adapted)
+    key = jax.random.key(0)
+    step = job.train_step.lower(adapted.train(key), state.opt_state, *job.shapes()).compile()
     seconds = []
-    for number, batch in enumerate(itertools.islice(rows, steps)):
+    order = corpus.order(len(job.rows), args.batch, args.seed)
+    for numbers in itertools.islice(order, steps):
         start = time.perf_counter()
-        adapters, state, last = step(adapters, state, frozen, batch, number)
-        last.block_until_ready()
+        job.take_step(state, numbers)
         seconds.append(time.perf_counter() - start)
     return {
         "bytes": tied_lora.stored_bytes(adapted),
         "temporary": step.memory_analysis().temp_size_in_bytes,
         "before": before,
-        "after": loss(adapted.replace(adapters=adapters)),
+        "after": job.held_out_loss(state.adapted),
         "seconds": statistics.median(seconds),
     }
 

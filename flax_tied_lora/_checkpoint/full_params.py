@@ -15,6 +15,7 @@ from flax_tied_lora._checkpoint.errors import CheckpointError, explained
 from flax_tied_lora._checkpoint.items import decode, template_of, without_boxes
 from flax_tied_lora._checkpoint.record import absolute, orbax_args, read_record, write
 from flax_tied_lora._planning.plan import Plan
+from flax_tied_lora._planning.tying import warn_of_dropped
 from flax_tied_lora._ties.find import Ties, find_ties
 from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._tree.foreign import refuse_models
@@ -54,14 +55,15 @@ def save_params(path: str | os.PathLike[str], params: Any, *, ties: Ties | Plan 
         ties = [group.tie() for group in ties.groups]
     groups = [g for g in find_ties(params, ties) if len(g.members) > 1]
     members = {m.path for g in groups for m in g.members[1:]}
-    leaves, treedef = flatten(params)
+    leaves, treedef = flatten(without_boxes(params))
+    for group in groups:
+        warn_of_dropped("save_params", group, leaves, 3)
     once = [None if name in members or is_marker(x) else x for name, x in leaves.items()]
     facts: dict[str, Any] = {"ties": [dataclasses.asdict(group) for group in groups]}
     stored = {n: [x.qtype, x.axis] for n, x in leaves.items() if is_quantized(x)}
     if stored:
         facts["quantized"] = stored
-    tree = without_boxes(jax.tree.unflatten(treedef, once))
-    write(path, orbax_args(facts, {"params": tree}))
+    write(path, orbax_args(facts, {"params": jax.tree.unflatten(treedef, once)}))
 
 
 def restore_params(

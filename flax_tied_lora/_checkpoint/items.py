@@ -19,7 +19,7 @@ from flax_tied_lora._checkpoint.errors import CheckpointError, explained
 from flax_tied_lora._tree.boxes import is_box, unboxed
 from flax_tied_lora._tree.foreign import loaded_type
 from flax_tied_lora._tree.keys import is_key
-from flax_tied_lora._tree.paths import is_tracer
+from flax_tied_lora._tree.paths import is_boxed_array, is_tracer
 from flax_tied_lora._tree.processes import differing
 
 _RESTORE_ANOTHER = "restore another checkpoint"
@@ -27,14 +27,21 @@ _NUMBERS = (bool, int, float)
 
 
 def without_boxes(tree: Any) -> Any:
-    """Returns a pytree in which each box, `nnx.Variable` too, is replaced by its array."""
+    """Returns a pytree in which each box is replaced by its array.
+
+    So is an `nnx.Variable`, and an array of another library.
+    """
     variable = loaded_type("flax.nnx", "Variable")
 
     def holds_an_array(x: Any) -> bool:
-        return is_box(x) or isinstance(x, variable)
+        return is_box(x) or isinstance(x, variable) or is_boxed_array(x)
 
     def value(x: Any) -> Any:
-        return x.get_value() if isinstance(x, variable) else unboxed(x)
+        if isinstance(x, variable):
+            return x.get_value()
+        if is_boxed_array(x):
+            return jax.tree.leaves(x, is_leaf=lambda inside: inside is not x)[0]
+        return unboxed(x)
 
     return jax.tree.map(value, tree, is_leaf=holds_an_array)
 

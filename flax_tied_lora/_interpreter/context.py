@@ -13,11 +13,11 @@ from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION
 from flax_tied_lora._algebra.term import Term
 from flax_tied_lora._algebra.weight import Weight
 from flax_tied_lora._interpreter import registry
-from flax_tied_lora._interpreter.backward import is_backward, marks_are_known
+from flax_tied_lora._interpreter.backward import is_backward, refuse_unknown
 from flax_tied_lora._interpreter.costs import Cost, cost_beyond_plain, total
 from flax_tied_lora._interpreter.equations import run
 from flax_tied_lora._interpreter.evaluate import evaluate
-from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Var
+from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Var, operation_of
 from flax_tied_lora._interpreter.materialised import (
     DensifyError,
     bytes_of,
@@ -236,15 +236,8 @@ class Context:
         """
         if all(t.sites is None for t in weight.terms):
             return role
-        if not marks_are_known():
-            leaf = weight.origins[0].leaf
-            raise RuntimeError(
-                f"adapt: {self.shown.get(leaf, leaf)!r} has separate adapters for its call sites, "
-                f"and with jax {jax.__version__} it cannot be told which of them a step of a "
-                "backward pass belongs to: the marks on its name stacks are not those of earlier "
-                "releases. Tie the adapters (ensure_weight_tying=None or True), or use a release "
-                "of jax that flax_tied_lora was tested with"
-            )
+        leaf = weight.origins[0].leaf
+        refuse_unknown(self.full_scope, self.shown.get(leaf, leaf))
         if role == OTHER or operation in ("gather", "dynamic_slice"):
             return role
         if not is_backward(self.full_scope):
@@ -253,7 +246,7 @@ class Context:
 
     def dense(self, eqn: JaxprEqn, weight: Weight) -> Any:
         """Returns a weight materialised, and reports it unless it is an array as it stands."""
-        return self._materialised(eqn.primitive.name, weight)
+        return self._materialised(operation_of(eqn), weight)
 
     def returned(self, weight: Weight) -> Any:
         """Returns a weight materialised because the function hands it back."""

@@ -11,7 +11,14 @@ import jax
 
 from flax_tied_lora._algebra.factor import accumulator
 from flax_tied_lora._algebra.weight import Weight
-from flax_tied_lora._interpreter.jaxprs import PROGRAMS, Jaxpr, JaxprEqn, body
+from flax_tied_lora._interpreter.jaxprs import (
+    Jaxpr,
+    JaxprEqn,
+    body,
+    operation_of,
+    parameters_of,
+    programs_inside,
+)
 from flax_tied_lora._tree.open_sizes import is_open, supposed
 
 
@@ -79,26 +86,20 @@ def _without_adapters(weight: Weight) -> Weight:
 
 
 def _of_equation(eqn: JaxprEqn) -> Cost:
-    if eqn.primitive.name in _COSTS:
-        return _COSTS[eqn.primitive.name](eqn)
-    inner = [cost(jaxpr) for value in eqn.params.values() for jaxpr in _programs(value)]
-    if eqn.primitive.name == "cond":
+    name = operation_of(eqn)
+    if name in _COSTS:
+        return _COSTS[name](eqn)
+    inner = [cost(body(jaxpr)) for jaxpr in programs_inside(eqn)]
+    if name == "cond":
         # Branches for several platforms differ in form: the CPU's, as it is first.
         return inner[0] if "branches_platforms" in eqn.params else max(inner, key=_size)
-    if eqn.primitive.name in ("scan", "while"):
-        return Cost(total(inner).flops * eqn.params.get("length", 1))
+    if name in ("scan", "while"):
+        return Cost(total(inner).flops * parameters_of(eqn).get("length", 1))
     return total(inner)
 
 
 def _size(of: Cost) -> tuple[int, ...]:
     return tuple(map(supposed, of))
-
-
-def _programs(value: Any) -> Iterable[Jaxpr]:
-    """Returns the programs in a parameter of an equation."""
-    if isinstance(value, PROGRAMS):
-        return [body(value)]
-    return [p for v in value for p in _programs(v)] if isinstance(value, tuple | list) else []
 
 
 def _product(eqn: JaxprEqn, contracting: Sequence[int], operand: int = 0) -> Cost:

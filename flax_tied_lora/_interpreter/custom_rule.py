@@ -11,10 +11,17 @@ import jax
 from jax.interpreters import ad, batching, mlir
 
 from flax_tied_lora._algebra.weight import Weight
-from flax_tied_lora._interpreter.jaxprs import Primitive, closed, jaxpr_as_fun, opened
+from flax_tied_lora._interpreter.jaxprs import (
+    JaxprEqn,
+    Primitive,
+    body,
+    closed,
+    jaxpr_as_fun,
+    opened,
+    programs_inside,
+)
 from flax_tied_lora._interpreter.protocols import Rule
-from flax_tied_lora._interpreter.registry import rule as register
-from flax_tied_lora._interpreter.tracing import Calls, filling
+from flax_tied_lora._interpreter.tracing import Calls, filling, is_traced
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,7 +69,7 @@ def custom_rule(fn: Callable[P, R], rule: Rule) -> Callable[P, R]:
     @functools.wraps(fn, updated=())
     def ruled(*args: P.args, **kwargs: P.kwargs) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
-        places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+        places = [i for i, x in enumerate(leaves) if is_traced(x)]
         fill = filling(tree, leaves, places)
         arrays = [leaves[i] for i in places]
         traced, outputs = Calls(fn, fill).jaxpr([jax.typeof(x) for x in arrays])
@@ -90,8 +97,8 @@ class _Call:
     closed_over: int
 
 
-@register(NAME)
-def _served(context: Any, eqn: Any, *operands: Any) -> Any:
+def served(context: Any, eqn: Any, *operands: Any) -> Any:
+    """Returns what the rule of a function returns for a call of it: the rule of the primitive."""
     call: _Call = eqn.params["call"]
     closed_over, arrays = operands[: call.closed_over], operands[call.closed_over :]
     if any(isinstance(x, Weight) for x in closed_over):
@@ -103,6 +110,29 @@ def _served(context: Any, eqn: Any, *operands: Any) -> Any:
     return jax.tree.leaves(outputs, is_leaf=lambda x: isinstance(x, Weight))
 
 
+def carried(eqn: JaxprEqn) -> Rule | None:
+    """Returns the rule of a call whose program is a call of a function that has one, or None.
+
+    So a derivative of its own can be around the function: `jax.custom_vjp` and its like.
+    """
+    program = body(programs_inside(eqn)[0])
+    if [e.primitive.name for e in program.eqns] != [NAME]:
+        return None
+    (inner,) = program.eqns
+    places: dict[Any, int] = {v: i for i, v in enumerate(program.invars)}
+    results: dict[Any, int] = {v: i for i, v in enumerate(inner.outvars)}
+    if not all(v in places for v in inner.invars) or not all(v in results for v in program.outvars):
+        return None  # a constant, or an operand that is handed back
+
+    def rule(context: Any, equation: Any, *operands: Any) -> Any:
+        outputs = served(context, inner, *[operands[places[v]] for v in inner.invars])
+        if outputs is NotImplemented:
+            return NotImplemented
+        return [outputs[results[v]] for v in program.outvars]
+
+    return rule
+
+
 # To every transformation the operation is the program inside.
 
 
@@ -111,6 +141,8 @@ def _computed(*operands: Any, jaxpr: Any, call: _Call) -> list[Any]:
 
 
 custom_rule_p.def_impl(_computed)
+# Asked for where the program inside applies a `HiPrim`.
+custom_rule_p.to_lojax = _computed
 mlir.register_lowering(custom_rule_p, mlir.lower_fun(_computed, multiple_results=True))
 
 

@@ -2,14 +2,21 @@
 
 Before jax 0.11 a program is a `Jaxpr`, and a `ClosedJaxpr` holds one beside its constants. Since
 then a `Jaxpr` has its constants itself, and the other name is an alias that is to be deleted.
+
+With the flags ``jax_remat3``, ``jax_scan3``, ``jax_custom_vjp3`` and ``jax_custom_jvp3``, off since
+jax 0.11 and to be turned on, a checkpoint, a scan and a custom derivative are objects, each a
+`jax.experimental.hijax.HiPrim`, which one primitive applies. The names of that primitive, of its
+parameter and of JAX's classes are no interface: they are known here only. Where they are others,
+weights are materialised, and a test says which have changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.stages import Traced
 
 NEWEST_TESTED = "0.12.0.1"
 
@@ -33,12 +40,50 @@ except ImportError as error:
     ) from error
 
 __all__ = [
-    "PROGRAMS", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var", "body", "closed", "constants",
-    "jaxpr_as_fun", "jaxprs_in_params", "opened", "program",
+    "PROGRAMS", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var", "applied", "body", "closed",
+    "constants", "jaxpr_as_fun", "opened", "operation_of", "parameters_of", "program",
+    "programs_inside",
 ]  # fmt: skip
 
 _CLOSED: Any = Jaxpr if hasattr(Jaxpr, "consts") else vars(core)["ClosedJaxpr"]
 PROGRAMS: tuple[type, ...] = (Jaxpr, _CLOSED)
+
+# JAX's own classes of these objects, and the primitives that do the same without the flags.
+_SAME_AS = {
+    "RematTraced": "checkpoint",
+    "CheckpointName": "name",
+    "Scan3": "scan",
+    "CustomVJPTraced": "custom_vjp_call",
+    "CustomJVPTraced": "custom_jvp_call",
+}
+
+
+def applied(eqn: JaxprEqn) -> Any:
+    """Returns the `jax.experimental.hijax.HiPrim` that an equation applies, or None."""
+    return eqn.params.get("_prim") if eqn.primitive.name == "call_hi_primitive" else None
+
+
+def operation_of(eqn: JaxprEqn) -> str:
+    """Returns the name of what an equation does: of its primitive, or ``module.class``."""
+    high = applied(eqn)
+    if high is None:
+        return eqn.primitive.name
+    module, name = type(high).__module__, type(high).__qualname__
+    own = module.partition(".")[0] == "jax"
+    return _SAME_AS[name] if own and name in _SAME_AS else f"{module}.{name}"
+
+
+def parameters_of(eqn: JaxprEqn) -> Mapping[str, Any]:
+    """Returns the parameters of what an equation does."""
+    high = applied(eqn)
+    return eqn.params if high is None else high.params
+
+
+def programs_inside(eqn: JaxprEqn) -> list[Any]:
+    """Returns the programs among the parameters of an equation."""
+    values = parameters_of(eqn).items()
+    traced = {k: v.jaxpr if isinstance(v, Traced) else v for k, v in values}
+    return list(jaxprs_in_params(traced))
 
 
 def body(jaxpr: Any) -> Jaxpr:

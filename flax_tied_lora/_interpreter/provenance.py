@@ -10,7 +10,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from flax_tied_lora._interpreter.jaxprs import Jaxpr, JaxprEqn, Literal, Var, body
+from flax_tied_lora._interpreter.jaxprs import (
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    body,
+    operation_of,
+)
 
 Axes = frozenset[int]
 
@@ -62,9 +69,9 @@ class Provenance:
         eqn, position = self._maker(var)
         if eqn is None:
             return frozenset()
-        if eqn.primitive.name == "eq":
+        if operation_of(eqn) == "eq":
             return self._counted_beside(eqn)  # two arrays agree in one entry at most
-        if eqn.primitive.name in ("jit", "pjit"):
+        if operation_of(eqn) in ("jit", "pjit"):
             pairs = ((i, a) for i, v in enumerate(eqn.invars) for a in self.one_hot_axes(v))
             inner = Provenance(frozenset(pairs))
             jaxpr = body(eqn.params["jaxpr"])
@@ -80,9 +87,9 @@ class Provenance:
         eqn, position = self._maker(var)
         if eqn is None:
             return frozenset()
-        if eqn.primitive.name == "iota":
+        if operation_of(eqn) == "iota":
             return frozenset({eqn.params["dimension"]})
-        if eqn.primitive.name in ("add", "sub"):
+        if operation_of(eqn) in ("add", "sub"):
             return self._counted_beside(eqn)
         return _handed_on(eqn, position, self._counted_axes)
 
@@ -100,7 +107,7 @@ class Provenance:
         todo = [var]  # and no recursion: thousands of operations may follow on one another
         while todo:
             eqn, _ = self._maker(todo[-1])
-            read = eqn.invars if eqn is not None and eqn.primitive.name in _FOLLOWED else ()
+            read = eqn.invars if eqn is not None and operation_of(eqn) in _FOLLOWED else ()
             unknown = [v for v in read if not self._knows("varying", v)]
             todo += unknown
             if not unknown:
@@ -113,7 +120,7 @@ class Provenance:
         eqn, _ = self._maker(var)
         if eqn is None:
             return every
-        name = eqn.primitive.name
+        name = operation_of(eqn)
         if name == "iota":
             return every & {eqn.params["dimension"]}
         if name == "broadcast_in_dim":
@@ -147,7 +154,7 @@ def _shape(var: Any) -> tuple[int, ...]:
 
 def _handed_on(eqn: JaxprEqn, position: int, known: Callable[[Any], Axes]) -> Axes:
     """Returns the axes of a result that are axes of an operand of which something is known."""
-    name = eqn.primitive.name
+    name = operation_of(eqn)
     if name == "optimization_barrier":
         return known(eqn.invars[position])
     if name in _IN_PLACE:

@@ -12,19 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import jax
-import numpy as np
 
 from flax_tied_lora._algebra.factor import NotServedError
 from flax_tied_lora._algebra.weight import Weight
-from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Primitive
+from flax_tied_lora._interpreter.custom_rule import NAME, carried, custom_rule, served
+from flax_tied_lora._interpreter.jaxprs import JaxprEqn, Primitive, operation_of
 from flax_tied_lora._interpreter.protocols import Rule, RuleContext
 from flax_tied_lora._interpreter.same_function import CUSTOM_CALLS, is_call_of
+from flax_tied_lora._tree.foreign import loaded_type
 
 R = TypeVar("R", bound=Rule)
 # What jax.custom_vjp returns has no public type.
 Operation = Primitive | str | Callable[..., Any]
 
-_RULES: dict[str, Rule] = {}
+_RULES: dict[str, Rule] = {NAME: served}
 _CUSTOM: dict[Callable[..., Any], Rule] = {}
 
 
@@ -44,9 +45,12 @@ def register_rule(operation: Operation, rule: Any = None) -> Any:
     weights are materialised. `custom_rule` makes a function that carries its rule with it.
 
     Args:
-      operation: a `jax.extend.core.Primitive` or its name; or a function made with
-        `jax.custom_vjp` or `jax.custom_jvp` that takes arrays one by one. Without a rule the weight
-        that enters it is materialised, so that its author's derivative is kept.
+      operation: a `jax.extend.core.Primitive` or its name, ``"module.class"`` for a
+        `jax.experimental.hijax.HiPrim`; or a function made with `jax.custom_vjp` or
+        `jax.custom_jvp` that takes arrays one by one. Without a rule the weight that enters it is
+        materialised, so that its author's derivative is kept. Or what
+        ``equinox.filter_custom_vjp`` made: its ``fn`` is then a `custom_rule`, so that each call
+        is known, and the rule gets what it was called with, as a rule of `custom_rule` does.
       rule: the rule.
 
     Raises:
@@ -70,6 +74,9 @@ def register_rule(operation: Operation, rule: Any = None) -> Any:
     elif isinstance(operation, jax.custom_vjp | jax.custom_jvp):
         _refuse_hidden_inputs(operation)
         _CUSTOM[operation] = rule
+    elif isinstance(operation, loaded_type("equinox", "filter_custom_vjp")):
+        filtered: Any = operation
+        filtered.fn = custom_rule(filtered.fn, rule)
     else:
         raise TypeError(
             "register_rule: expected a jax.extend.core.Primitive, its name, or a jax.custom_vjp "
@@ -110,9 +117,12 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def find(eqn: JaxprEqn) -> Rule | None:
     """Returns the rule for an equation, or None."""
-    if eqn.primitive.name in CUSTOM_CALLS:
-        return next((rule for f, rule in _CUSTOM.items() if is_call_of(eqn, f)), None)
-    return _RULES.get(eqn.primitive.name)
+    name = operation_of(eqn)
+    if name in CUSTOM_CALLS:
+        known = next((rule for f, rule in _CUSTOM.items() if is_call_of(eqn, f)), None)
+        if found := known or carried(eqn):
+            return found
+    return _RULES.get(name)
 
 
 def apply(context: RuleContext, eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -139,11 +149,16 @@ def _checked(eqn: JaxprEqn, outputs: Any) -> list[Any]:
     shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
     if not isinstance(outputs, list | tuple):
         found = f"a {type(outputs).__name__}"
-    elif (given := [np.shape(x) for x in outputs]) != shapes:
+    elif (given := [*map(_shape, outputs)]) != shapes:
         found = f"outputs of shapes {given}"
     else:
         return list(outputs)
     raise ValueError(
-        f"adapt: the rule for {eqn.primitive.name!r} returned {found}; expected a list of outputs "
+        f"adapt: the rule for {operation_of(eqn)!r} returned {found}; expected a list of outputs "
         f"of shapes {shapes}, or NotImplemented"
     )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Returns the shape of a weight, or of a value of any type that JAX was told of."""
+    return value.shape if isinstance(value, Weight) else getattr(jax.typeof(value), "shape", ())

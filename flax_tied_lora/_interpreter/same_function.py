@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Traced
 
 from flax_tied_lora._interpreter.equations import run
 from flax_tied_lora._interpreter.jaxprs import (
@@ -24,6 +25,8 @@ from flax_tied_lora._interpreter.jaxprs import (
     Var,
     body,
     constants,
+    operation_of,
+    parameters_of,
 )
 
 CUSTOM_CALLS = ("custom_vjp_call", "custom_jvp_call")
@@ -38,11 +41,12 @@ def is_call_of(eqn: JaxprEqn, function: Callable[..., Any]) -> bool:
     def called(*values: Any) -> list[Any]:
         return run([one], dict(zip(operands, values, strict=True)), results)
 
-    moved = operands if eqn.primitive.name == "custom_jvp_call" else results
+    forward = operation_of(eqn) == "custom_jvp_call"
+    moved = operands if forward else results
     moved = [v.aval for v in moved if _is_inexact(v.aval)]
 
     def derivative(f: Callable[..., Any]) -> Any:
-        return jax.make_jaxpr(_derivative(f, eqn.primitive.name, len(avals)))(*avals, *moved)
+        return jax.make_jaxpr(_derivative(f, forward, len(avals)))(*avals, *moved)
 
     try:
         if not _same(*[jax.make_jaxpr(f)(*avals) for f in (called, function)]):
@@ -65,10 +69,13 @@ def _no_tangent(x: Any) -> Any:
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _derivative(function: Callable[..., Any], operation: str, count: int) -> Callable[..., Any]:
+def _derivative(function: Callable[..., Any], forward: bool, count: int) -> Callable[..., Any]:
     """Returns the derivative of a function of ``count`` arrays, tangents or cotangents after them.
 
     Only what is floating point has a tangent, or a cotangent.
+
+    Args:
+      forward: whether it is that of tangents.
     """
 
     def derivative(*values: Any) -> Any:
@@ -82,7 +89,7 @@ def _derivative(function: Callable[..., Any], operation: str, count: int) -> Cal
             return jax.tree.leaves(function(*filled))
 
         primals = [operands[i] for i in places]
-        if operation == "custom_jvp_call":
+        if forward:
             return jax.jvp(of_places, primals, list(moved))
         outputs, backward = jax.vjp(of_places, *primals)
         return backward([next(moved) if _is_inexact(x) else _no_tangent(x) for x in outputs])
@@ -92,6 +99,8 @@ def _derivative(function: Callable[..., Any], operation: str, count: int) -> Cal
 
 def _same(a: Any, b: Any) -> bool:
     """Returns whether two programs, or two parameters of operations, are the same."""
+    if isinstance(a, Traced) and isinstance(b, Traced):
+        a, b = a.jaxpr, b.jaxpr
     if isinstance(a, PROGRAMS) and isinstance(b, PROGRAMS):
         return _same_each(constants(a), constants(b)) and _same_jaxpr(body(a), body(b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -123,6 +132,7 @@ def _same_jaxpr(a: Jaxpr, b: Jaxpr) -> bool:
     def same_equation(x: JaxprEqn, y: JaxprEqn) -> bool:
         return (
             x.primitive is y.primitive
+            and operation_of(x) == operation_of(y)
             and len(x.invars) == len(y.invars)
             and all(map(read, x.invars, y.invars))
             and _same(_compared(x), _compared(y))
@@ -144,7 +154,8 @@ def _compared(eqn: JaxprEqn) -> Mapping[str, Any]:
 
     Those make the derivative, which is compared as a program of its own.
     """
-    if eqn.primitive.name in CUSTOM_CALLS:
-        names = ("call_jaxpr", "num_consts", "symbolic_zeros")
-        return {name: eqn.params.get(name) for name in names}
-    return eqn.params
+    params = parameters_of(eqn)
+    if operation_of(eqn) in CUSTOM_CALLS:
+        names = ("call_jaxpr", "traced", "num_consts", "symbolic_zeros")
+        return {name: params.get(name) for name in names}
+    return params

@@ -45,7 +45,7 @@ class Calls:
         def run(*values: Any) -> list[Any]:
             args, kwargs = self.arguments(values)
             results, treedef = jax.tree.flatten(self.fn(*args, **kwargs))
-            traced = [i for i, x in enumerate(results) if isinstance(x, jax.Array)]
+            traced = [i for i, x in enumerate(results) if is_traced(x)]
             for i, x in enumerate(results):
                 if i not in traced:
                     _refuse_hidden(x)
@@ -67,6 +67,11 @@ def filling(treedef: Any, leaves: Sequence[Any], places: Sequence[int]) -> Calla
         return jax.tree.unflatten(treedef, filled)
 
     return fill
+
+
+def is_traced(value: Any) -> bool:
+    """Returns whether a value is an array, or what JAX traces of a type that it was told of."""
+    return isinstance(value, jax.Array) or is_tracer(value)
 
 
 def _refuse_hidden(value: Any) -> None:

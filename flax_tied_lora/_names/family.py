@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from flax_tied_lora._names.line import Line
 
@@ -42,10 +40,3 @@ class Family:
     prefix: str = ""
     renamed: tuple[tuple[str, str], ...] = ()
     hints: tuple[str, ...] = ()
-
-
-def config_field(model: Any, name: str) -> Any:
-    """Returns a field of a model's config, which may be a dict; None where it has none."""
-    if isinstance(model, str):
-        return None
-    return model.get(name) if isinstance(model, Mapping) else getattr(model, name, None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flax_tied_lora._names.family import Family, config_field
+from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.line import make_line
+from flax_tied_lora._names.model_config import config_field
 
 _TORCH = "model.layers.{}"
 _TABLE, _HEAD = "token_embedding/embeddings", "token_embedding/reverse_embeddings"

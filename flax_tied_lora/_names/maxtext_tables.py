@@ -16,8 +16,9 @@ import numpy as np
 
 from flax_tied_lora._names.axis_map import AxisMap
 from flax_tied_lora._names.axis_maps import Interleaved, Offset, Padding, Scale
-from flax_tied_lora._names.family import Family, config_field
+from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.line import make_line
+from flax_tied_lora._names.model_config import config_field
 
 _IN_HEADS = "in heads dim -> (heads dim) in"
 _HEADS_OUT = "heads dim out -> out (heads dim)"

@@ -10,17 +10,20 @@ from typing import Any
 from flax_tied_lora._names import (
     bonsai_tables,
     easydel_tables,
+    flax_examples_tables,
     gemma_tables,
     kerashub_tables,
     levanter_tables,
     maxtext_tables,
     skyrl_tables,
+    t5x_tables,
     transformers_tables,
     tunix_tables,
 )
-from flax_tied_lora._names.family import Family, config_field
+from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.line import LineEntry, make_line
 from flax_tied_lora._names.mapping import Names, Tie, UnmappedError
+from flax_tied_lora._names.model_config import config_field, says_tied
 
 _FAMILIES = {
     **transformers_tables.FAMILIES,
@@ -34,7 +37,12 @@ _FAMILIES = {
 # Those that have other leaves in models with as many key heads as heads.
 _FUSED = {**tunix_tables.FUSED, **gemma_tables.FUSED}
 # Those whose table depends on the model's config, and on how many rows PyTorch's table has.
-_CONFIGURED = {**maxtext_tables.FAMILIES, **kerashub_tables.FAMILIES}
+_CONFIGURED = {
+    **maxtext_tables.FAMILIES,
+    **kerashub_tables.FAMILIES,
+    **t5x_tables.FAMILIES,
+    **flax_examples_tables.FAMILIES,
+}
 FAMILIES: tuple[str, ...] = (*_FAMILIES, *_CONFIGURED)
 
 
@@ -48,6 +56,7 @@ _OF_CONFIGS = (
     gemma_tables.gemma_family,
     maxtext_tables.maxtext_family,
     kerashub_tables.kerashub_family,
+    t5x_tables.t5x_family,
 )
 
 
@@ -64,8 +73,8 @@ def names_of(
     Args:
       model: a family's name (``FAMILIES`` lists them), a transformers config, a dict with its
         ``model_type`` (a ``config.json``), a tunix ``ModelConfig``, a gemma ``TransformerConfig``,
-        a config of MaxText, EasyDeL, SkyRL tx, bonsai or Levanter, a KerasHub backbone or task, or
-        None for any other model, whose whole table is ``extra``.
+        a config of MaxText, EasyDeL, SkyRL tx, bonsai or Levanter, a KerasHub backbone or task, a
+        T5X ``T5Config``, or None for any other model, whose whole table is ``extra``.
       extra: further lines, which take precedence over the family's: see `flax_tied_lora.names`.
       tie_word_embeddings: whether input and output are tied; by default what the config says, or
         the family's own default.
@@ -93,7 +102,7 @@ def names_of(
     if name not in FAMILIES and not lines:
         raise ValueError(_unknown(name))
     if tie_word_embeddings is None:
-        tie_word_embeddings = config_field(model, "tie_word_embeddings")
+        tie_word_embeddings = says_tied(model)
     if tie_word_embeddings is None:
         tie_word_embeddings = tunix_tables.tunix_ties(model)
     names = Names(name, ())

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from flax_tied_lora._names.decoder_lines import FLAT, HEAD_NORMS, Decoder
-from flax_tied_lora._names.family import Family, config_field
+from flax_tied_lora._names.family import Family
+from flax_tied_lora._names.model_config import config_field
 
 
 def _family(*, stacked: bool, **fields: Any) -> Family:

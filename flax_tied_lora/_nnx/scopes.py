@@ -94,15 +94,17 @@ def _runs(name: str, value: Any) -> bool:
     """Returns whether an attribute of a class is a method, or what a transformation made of one."""
     if name.startswith("__") and name != "__call__":
         return False
-    return callable(value) and hasattr(value, "__get__") and not isinstance(value, type)
+    return (
+        callable(value) and hasattr(value, "__get__") and not isinstance(value, type | staticmethod)
+    )
 
 
 def _in_scope(name: str, method: Any) -> Callable[..., Any]:
     @functools.wraps(method, updated=())
     def entering(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = method.__get__(self, type(self))
-        path, inside = vars(self).get(_PATH, ""), _INSIDE.get()
-        if not path:  # made within the call
+        path, inside = getattr(self, "__dict__", {}).get(_PATH, ""), _INSIDE.get()
+        if not path:  # made within the call; or a function of the class, called with anything
             return bound(*args, **kwargs)
         # A method that a module calls of itself is on Linen's name stack once more.
         scope = path.rpartition("/")[2] if path == inside else path.removeprefix(inside + "/")

@@ -14,11 +14,13 @@ from typing import Any
 from flax_tied_lora._algebra.site_filter import LOOKUP, OTHER, PROJECTION, SiteFilter
 from flax_tied_lora._config.config import LoraConfig
 from flax_tied_lora._interpreter.sites import CallSite, CallSites
+from flax_tied_lora._names.model_config import says_tied
 from flax_tied_lora._planning.axes import SITES_LINE
 from flax_tied_lora._planning.matches import Hit
 from flax_tied_lora._planning.plan import Span
 from flax_tied_lora._ties.groups import TieGroup
-from flax_tied_lora._ties.sources import is_table
+from flax_tied_lora._ties.lost import dropped
+from flax_tied_lora._ties.sources import CONFIG, is_table
 from flax_tied_lora._tree.paths import leaf_name
 
 _FLAG = "ensure_weight_tying"
@@ -59,11 +61,27 @@ def is_tied(group: TieGroup, sites: CallSites | None) -> bool:
     return len(group.members) > 1 or {LOOKUP, PROJECTION} <= roles
 
 
+def warn_of_dropped(what: str, group: TieGroup, leaves: Mapping[str, Any], level: int) -> None:
+    """Warns of leaves that a model's config ties, and whose own values are others.
+
+    Args:
+      what: the function that drops them.
+      level: of the stack, up to the user's line: as in `warnings.warn`, from here.
+    """
+    for path in dropped(leaves, group) if CONFIG in group.found else ():
+        warnings.warn(
+            f"{what}: the model's config ties {path!r} to {group.key!r}, and its values are "
+            f"others: {path!r} is dropped, and {group.key!r} read in its place, as right for one "
+            "that a loader made at random. To keep it, pass "
+            'ties={"tie_word_embeddings": False}',
+            WeightTyingWarning,
+            stacklevel=level,
+        )
+
+
 def says_untied(ties: Any) -> bool:
     """Returns whether what `wrap` was given for ``ties`` is a config of an untied model."""
-    if isinstance(ties, Mapping):
-        return ties.get("tie_word_embeddings") is False
-    return getattr(ties, "tie_word_embeddings", None) is False
+    return says_tied(ties) is False
 
 
 def shares_of(

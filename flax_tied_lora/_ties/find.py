@@ -10,6 +10,7 @@ import jax
 from flax_tied_lora._algebra.site_filter import LOOKUP
 from flax_tied_lora._interpreter.sites import CallSite, CallSites
 from flax_tied_lora._names.mapping import Names
+from flax_tied_lora._names.model_config import TIED
 from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._ties.lost import from_names, refuse_lost
 from flax_tied_lora._ties.sources import (
@@ -93,7 +94,7 @@ def ties_among(
         declared_by_names = from_names(leaves, ties)
         refuse_lost("find_ties", leaves, declared_by_names)
         links += declared_by_names
-    elif isinstance(ties, Mapping) or hasattr(ties, "tie_word_embeddings"):
+    elif isinstance(ties, Mapping) or any(hasattr(ties, name) for name in (TIED, "model_type")):
         links = from_config(leaves, ties, links)
     elif isinstance(ties, Sequence):
         links += [link for entry in ties for link in declared(leaves, entry)]

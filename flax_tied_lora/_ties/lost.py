@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
 from flax_tied_lora._names.layout import TorchWeight
 from flax_tied_lora._names.mapping import Names, UnmappedError
+from flax_tied_lora._names.model_config import says_tied
 from flax_tied_lora._ties.groups import TieGroup
-from flax_tied_lora._ties.sources import DECLARED, Link, equal, from_config
-from flax_tied_lora._tree.boxes import unboxed
-from flax_tied_lora._tree.paths import is_tracer
+from flax_tied_lora._ties.sources import DECLARED, Link, differ, from_config
 
 
 def from_names(leaves: Mapping[str, Any], names: Names) -> list[Link]:
@@ -38,7 +34,7 @@ def from_names(leaves: Mapping[str, Any], names: Names) -> list[Link]:
 def from_model(leaves: Mapping[str, Any], model: Any) -> list[Link]:
     """Returns the ties that a model's config has between leaves, if it says which they are."""
     config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", None) is not True:
+    if config is None or says_tied(config) is not True:
         return []
     try:
         return from_config(leaves, config, [])
@@ -57,14 +53,6 @@ def not_in(links: Sequence[Link], groups: Sequence[TieGroup]) -> list[Link]:
     """Returns the ties that no group has."""
     groups_of = {path: group for group in groups for path in group.paths}
     return [x for x in links if groups_of.get(x.first) is not groups_of.get(x.second, x)]
-
-
-def differ(leaves: Mapping[str, Any], link: Link) -> bool | None:
-    """Returns whether two leaves have other values; None where there are none to compare."""
-    pair = [unboxed(leaves[path]) for path in (link.first, link.second)]
-    if not all(isinstance(x, jax.Array | np.ndarray) and not is_tracer(x) for x in pair):
-        return None
-    return pair[0] is not pair[1] and not equal(pair[0], pair[1], link.transposed, constant=True)
 
 
 def refuse_lost(what: str, leaves: Mapping[str, Any], links: Sequence[Link]) -> None:

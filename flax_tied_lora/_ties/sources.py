@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_tied_lora._names.model_config import config_field, is_forced, says_tied
 from flax_tied_lora._ties.groups import TieGroup
+from flax_tied_lora._tree.boxes import unboxed
 from flax_tied_lora._tree.paths import (
     describe,
     is_marker,
@@ -76,7 +78,7 @@ def declared(leaves: Mapping[str, Any], entry: Any) -> list[Link]:
         first, *others = entry.members
         for member in entry.members:
             _existing(leaves, member.path)
-        source = entry.found[0] if entry.found else DECLARED
+        source = CONFIG if CONFIG in entry.found else (*entry.found, DECLARED)[0]
         links = [Link(first.path, m.path, m.transposed != first.transposed, source) for m in others]
         for link in links:
             _check_shapes(leaves, link.first, link.second, link.transposed)
@@ -141,13 +143,12 @@ def from_config(leaves: Mapping[str, Any], config: Any, links: Sequence[Link]) -
     Raises:
       ValueError: it does not say whether they are tied, or not which leaves they are.
     """
-    get = config.get if isinstance(config, Mapping) else lambda n, d=None: getattr(config, n, d)
-    tied = get("tie_word_embeddings")
+    tied, size = says_tied(config), config_field(config, "vocab_size")
     if not isinstance(tied, bool):
         raise ValueError(
             f"find_ties: the config's tie_word_embeddings is {tied!r}; expected True or False"
         )
-    tables, heads = _vocabulary_leaves(leaves, get("vocab_size"))
+    tables, heads = _vocabulary_leaves(leaves, size)
     if not tied:
         pairs = {frozenset((table, head)) for table in tables for head in heads}
         return [link for link in links if frozenset((link.first, link.second)) not in pairs]
@@ -160,17 +161,24 @@ def from_config(leaves: Mapping[str, Any], config: Any, links: Sequence[Link]) -
     if not tables:
         raise ValueError(
             "find_ties: the config says tie_word_embeddings, and no leaf looks like the input "
-            f"embedding (a leaf called 'embedding' of vocab_size={get('vocab_size')} rows in one "
+            f"embedding (a leaf called 'embedding' of vocab_size={size} rows in one "
             f"of {', '.join(EMBEDDINGS)}); say which with ties=[(embedding, head), ...]"
         )
     # A projection's kernel is [width, vocabulary] in Flax.
-    return [
-        *links,
-        *(
-            Link(table, head, tuple(leaves[table].shape)[::-1] == tuple(leaves[head].shape), CONFIG)
-            for table in tables for head in heads
-        ),
+    found = [
+        Link(table, head, tuple(leaves[table].shape)[::-1] == tuple(leaves[head].shape), CONFIG)
+        for table in tables for head in heads
     ]  # fmt: skip
+    # Such a config says True of checkpoints with a head of their own too, and values tell.
+    return [*links, *(link for link in found if not (is_forced(config) and differ(leaves, link)))]
+
+
+def differ(leaves: Mapping[str, Any], link: Link) -> bool | None:
+    """Returns whether two leaves have other values; None where there are none to compare."""
+    pair = [unboxed(leaves[path]) for path in (link.first, link.second)]
+    if not all(isinstance(x, jax.Array | np.ndarray) and not is_tracer(x) for x in pair):
+        return None
+    return pair[0] is not pair[1] and not equal(pair[0], pair[1], link.transposed, constant=True)
 
 
 def _vocabulary_leaves(leaves: Mapping[str, Any], size: Any) -> tuple[list[str], list[str]]:

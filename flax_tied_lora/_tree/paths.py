@@ -90,16 +90,16 @@ def named_leaves(
     """
 
     def ends(node: Any) -> bool:
-        return is_leaf(node) or _is_boxed_array(node, is_leaf)
+        return is_leaf(node) or is_boxed_array(node, is_leaf)
 
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=ends)
-    if any(_is_boxed_array(x, is_leaf) for _, x in pairs):
+    if any(is_boxed_array(x, is_leaf) for _, x in pairs):
         leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
         pairs = [(path, leaf) for (path, _), leaf in zip(pairs, leaves, strict=True)]
     return pairs, treedef
 
 
-def _is_boxed_array(node: Any, is_leaf: Callable[[Any], bool]) -> bool:
+def is_boxed_array(node: Any, is_leaf: Callable[[Any], bool] = is_leaf) -> bool:
     """Returns whether a node is an array of another library around one of JAX's.
 
     Haliax's and Penzai's ``NamedArray`` are: one array, whose dtype and shape they say themselves.

@@ -17,11 +17,9 @@ from flax_tied_lora._interpreter.sites import CallSites
 from flax_tied_lora._planning.all_linear import ALL_LINEAR
 from flax_tied_lora._planning.build import Named, make_plan
 from flax_tied_lora._planning.plan import LORA, Plan
-from flax_tied_lora._planning.tying import WeightTyingWarning, says_untied
+from flax_tied_lora._planning.tying import WeightTyingWarning, says_untied, warn_of_dropped
 from flax_tied_lora._ties.find import Ties, all_groups, ties_among
 from flax_tied_lora._ties.groups import TieGroup
-from flax_tied_lora._ties.lost import dropped
-from flax_tied_lora._ties.sources import CONFIG
 from flax_tied_lora._ties.twins import tables, twin_of
 from flax_tied_lora._tree.boxes import boxes_of
 from flax_tied_lora._tree.collector import collector_paused
@@ -91,7 +89,7 @@ def wrap_as(
     groups = all_groups(leaves, ties_among(leaves, ties, sites=sites))
     for group in groups:
         _check_dtypes(group, leaves)
-        _warn_of_dropped(group, leaves)
+        warn_of_dropped("wrap", group, leaves, 5)
     plan = make_plan(config, leaves, groups, sites, says_untied(ties), named)
     if ties == "auto":
         _warn_of_twins(plan, leaves)
@@ -155,17 +153,6 @@ def _check_dtypes(group: TieGroup, leaves: Mapping[str, Any]) -> None:
                 f"{describe(first)}, which is of another dtype; cast one of them, or leave it out "
                 "of ties=..."
             )
-
-
-def _warn_of_dropped(group: TieGroup, leaves: Mapping[str, Any]) -> None:
-    for path in dropped(leaves, group) if CONFIG in group.found else ():
-        warnings.warn(
-            f"wrap: the model's config ties {path!r} to {group.key!r}, and its values are others: "
-            f"{path!r} is dropped, and {group.key!r} read in its place, as right for one that a "
-            'loader made at random. To keep it, pass ties={"tie_word_embeddings": False}',
-            WeightTyingWarning,
-            stacklevel=5,
-        )
 
 
 def _warn_of_twins(plan: Plan, leaves: Mapping[str, Any]) -> None:

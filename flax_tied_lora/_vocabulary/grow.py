@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from flax_tied_lora._adapters.adapted import Adapted
 from flax_tied_lora._interpreter.sites import CallSites
+from flax_tied_lora._planning.tying import warn_of_dropped
 from flax_tied_lora._ties.find import all_groups, ties_among
 from flax_tied_lora._ties.groups import Member, TieGroup
 from flax_tied_lora._tree.boxes import in_place
@@ -144,6 +145,8 @@ def grow_vocabulary(  # noqa: PLR0913 - options, all by keyword
     old_size = old[embedding.key].shape[axes[embedding.key]]
     vocabulary = _vocabulary(n_tokens, old_tokens, old_size, pad_to_multiple_of, axes)
     _refuse_quantized(old, axes)
+    for group in groups:
+        warn_of_dropped(WHAT, group, old, 3)
     inits = _inits(init, old, axes, embedding)
 
     new = dict(old)

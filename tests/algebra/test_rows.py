@@ -14,7 +14,8 @@ import flax_tied_lora as tied_lora
 from tests.helpers import oracle
 from tests.helpers.oracle import array, check, numbers
 from tests.helpers.small_models import TOKENS, TiedLM, init, wrapped
-from tests.interpreter.rules.test_lookup import BEYOND, OTHERS, ROWS
+from tests.interpreter.rules.test_lookup import OTHERS, ROWS
+from tests.interpreter.rules.test_lookup_out_of_bounds import BEYOND
 
 V, D = 8, 6
 REPLACED = (5, 0, 3)

@@ -1,4 +1,4 @@
-"""The demo's program on a small random Llama: its files, and its options."""
+"""The fine-tuning program on a small random Llama: its files, and its options."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ def files(tmp_path_factory) -> list[str]:
     """A small model and a text, as arguments of the program."""
     import corpus
 
-    from tests.examples.test_smollm2 import tensors, write
+    from tests.helpers import small_llama
 
     folder = tmp_path_factory.mktemp("files")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        write(folder / "small.gguf", tensors()[1])
+    small_llama.write(folder / "small")
     (folder / "text.txt").write_text(corpus.documentation_text()[:6000], encoding="utf-8")
-    return [str(folder / "text.txt"), "--model", str(folder / "small.gguf")]
+    return [str(folder / "text.txt"), "--model", str(folder / "small")]
 
 
 @pytest.fixture(scope="session")
 def options(files) -> Callable[..., list[str]]:
     def of(output: Path, **changes: object) -> list[str]:
         values = {
-            "output": output, "steps": 6, "last_steps": 0, "save_every": 2, "length": 32,
+            "output": output, "steps": 6, "save_every": 2, "evaluate_every": 2, "length": 32,
             "held_out_tokens": 200, "learning_rate": 0.02, "warmup": 2, "prompt": "The",
             "new_tokens": 4, "dropout": 0.1, **changes,
         }  # fmt: skip
@@ -46,7 +45,7 @@ def options(files) -> Callable[..., list[str]]:
 @pytest.fixture(scope="session")
 def whole_and_printed(options, tmp_path_factory) -> tuple[Path, str]:
     """The output of a run that nothing interrupted, and what it printed."""
-    import finetune_smollm2
+    import finetune
 
     output, printed = tmp_path_factory.mktemp("whole"), io.StringIO()
     with (
@@ -54,7 +53,7 @@ def whole_and_printed(options, tmp_path_factory) -> tuple[Path, str]:
         jax.numpy_rank_promotion("allow"),
         contextlib.redirect_stdout(printed),
     ):
-        assert finetune_smollm2.main(options(output)) == 0
+        assert finetune.main(options(output)) == 0
     return output, printed.getvalue()
 
 

@@ -46,6 +46,23 @@ def test_split_refuses_a_share_that_is_none(share):
         corpus.split(TOKENS, share)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.05, 3), (0.9, 1), (0.99, 4)])
+def test_split_leaves_something_on_both_sides(share, count):
+    with pytest.raises(ValueError, match=f"{share} of {count} leaves nothing to train on or to"):
+        corpus.split(list(range(count)), share)
+
+
+def test_rows_are_padded_to_whole_batches():
+    rows = corpus.rows_of(TOKENS, 100)
+    assert len(rows) == 9
+    padded = rows.padded(4)
+    assert padded.tokens.shape == (12, 101)
+    np.testing.assert_array_equal(padded.weights[:9], 1)
+    np.testing.assert_array_equal(padded.weights[9:], 0)
+    assert len(rows.padded(3)) == 9
+    np.testing.assert_array_equal(rows.take(slice(2, 4)).tokens, rows.tokens[2:4])
+
+
 @pytest.mark.parametrize("length", [1, 7, 111, 999])
 def test_windows_predict_each_token_once(length):
     rows = corpus.windows(TOKENS, length)
@@ -88,5 +105,5 @@ def test_the_seed_decides_the_order():
 
 
 def test_too_large_a_batch():
-    with pytest.raises(ValueError, match="99 rows of 10 tokens make no batch of 100"):
+    with pytest.raises(ValueError, match="99 rows make no batch of 100"):
         first(1, TOKENS, 100, 10, seed=0)

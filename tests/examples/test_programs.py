@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import finetune
 import finetune_on_a_mesh
-import finetune_smollm2
 import program
 import pytest
+import runs
 
 from tests.helpers import processes
 
@@ -26,7 +27,7 @@ def command(name: str, *arguments: str) -> list[str]:
 
 
 def test_there_are_four():
-    assert PROGRAMS == ["finetune_on_a_mesh", "finetune_smollm2", "quickstart", "serve_many"]
+    assert PROGRAMS == ["finetune", "finetune_on_a_mesh", "quickstart", "serve_many"]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -39,7 +40,7 @@ def test_help_comes_before_heavy_imports(name):
     assert not re.search(r"\| +(jax|flax|optax|transformers)$", done.stderr, re.M)
 
 
-@pytest.mark.parametrize("module", [finetune_on_a_mesh, finetune_smollm2], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [finetune, finetune_on_a_mesh], ids=lambda m: m.__name__)
 def test_help_describes_every_option(module, capsys):
     with pytest.raises(SystemExit) as end:
         module.main(["--help"])
@@ -76,7 +77,7 @@ def test_ctrl_c_in_what_keeps_nothing(name, line):
 def test_ctrl_c_while_it_imports(name, tmp_path, files):
     words = command(name)
     if name.startswith("finetune"):
-        words += ["--output", str(tmp_path / "run"), *(files if name.endswith("2") else [])]
+        words += ["--output", str(tmp_path / "run"), *(files if name == "finetune" else [])]
     words.insert(1, "-Ximporttime")
     printed = interrupted(words, " jax._src.config")
     if name.startswith("finetune"):
@@ -88,7 +89,7 @@ def test_ctrl_c_while_it_imports(name, tmp_path, files):
 
 def test_a_run_folder_without_checkpoints_is_free(tmp_path):
     def folder(**settings):
-        return program.RunFolder(tmp_path / "run", tmp_path / "run" / "steps", settings, "go away")
+        return runs.RunFolder(tmp_path / "run", tmp_path / "run" / "steps", settings, "go away")
 
     folder(rank=1).check()
     assert not (tmp_path / "run").exists()
@@ -105,9 +106,37 @@ def test_a_run_folder_without_checkpoints_is_free(tmp_path):
     (tmp_path / "run" / "run.json").write_text("[")
     with pytest.raises(program.RefusedError, match="checkpoints of another program"):
         folder(rank=2).check()
-    assert program.kept(tmp_path / "run" / "steps").startswith("Step 10, the last one saved, is")
+    assert runs.kept(tmp_path / "run" / "steps").startswith("Step 10, the last one saved, is")
     folder(rank=2).remove()
     folder(rank=3).check()
+
+
+def test_results_of_another_program_are_left_alone(tmp_path):
+    def folder(**settings):
+        steps = tmp_path / "steps"
+        return runs.RunFolder(tmp_path, steps, settings, "go away", ["adapter", "metrics"])
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_text("precious")
+    with pytest.raises(program.RefusedError, match="another program, or its results"):
+        folder(rank=1).check()
+    folder(rank=1).remove()
+    assert (tmp_path / "adapter" / "weights").read_text() == "precious"
+    folder(rank=1).begin()  # a run's own, from here on
+    (tmp_path / "metrics").write_text("a line")
+    folder(rank=1).check()
+    with pytest.raises(program.RefusedError, match="--rank 1, and now --rank 2"):
+        folder(rank=2).check()
+    folder(rank=2).remove()
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+    folder(rank=2).check()
+
+
+def test_what_is_kept(tmp_path):
+    assert runs.kept(tmp_path / "steps") == "No step was saved."
+    (tmp_path / "adapter").mkdir()
+    text = runs.kept(tmp_path / "steps", tmp_path / "adapter")
+    assert text == f"No step was saved. The best adapter so far is kept in {tmp_path / 'adapter'}."
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,10 @@ def forget():
         ("transpose(jvp(model))", True),
         ("transpose(jvp(model))/jvp(model)/rematted_computation", False),
         ("transpose(jvp(transpose(jvp(model))))", False),
+        # A checkpoint's backward pass within another, as with jax_remat3.
+        ("transpose(jvp(model))/transpose(jvp(jvp(model)))", True),
+        ("transpose(jvp(model))/vmap(rematted_computation)/jvp(jvp(model))", False),
+        ("transpose(jvp(model))/transpose(jvp(jvp(model)))/rematted_computation", False),
     ],
 )
 def test_is_backward(scope, expected):

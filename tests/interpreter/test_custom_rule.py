@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import flax_tied_lora as tied_lora
+from tests.helpers.filtered import equinox, filter_custom_vjp
 from tests.helpers.oracle import array, check, wrapped
 
 TABLE = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"])
@@ -180,3 +182,39 @@ def test_effects_are_kept(capfd):
 def test_no_functions_are_refused(fn, rule, found):
     with pytest.raises(TypeError, match=f"custom_rule: {found}"):
         tied_lora.custom_rule(fn, rule)
+
+
+def test_a_derivative_of_its_own_around_it():
+    """The rule is the function's; without a rule that serves, the derivative is its author's."""
+    ruled = with_derivative(tied_lora.custom_rule(loss, by_plain(loss)))
+    assert served(lambda p, x: ruled(x, table(p)), X) == [LOW_RANK]
+    assert served(lambda p, x: jax.jit(ruled)(jnp.tanh(x), table(p)), X) == [LOW_RANK]
+    declined = tied_lora.custom_rule(loss, lambda *args: NotImplemented)
+    assert served(lambda p, x: with_derivative(declined, 3.0)(x, table(p)), X) == [MATERIALISED]
+    # What is around the function but its call alone has no rule.
+    more = with_derivative(lambda x, w: 2.0 * tied_lora.custom_rule(loss, by_plain(loss))(x, w))
+    assert served(lambda p, x: more(x, table(p)), X) == [MATERIALISED]
+
+
+def test_a_function_that_takes_pytrees_and_statics():
+    """As `equinox.filter_custom_vjp` makes one: each call is known, whatever it is called with."""
+    made = filter_custom_vjp(lambda pred, scale: scale * loss(*pred))
+    other = filter_custom_vjp(made.fn)
+    for each in (made, other):
+        each.defvjp(
+            lambda pred, scale: (scale * loss(*pred), ()),
+            lambda _, g, pred, scale: jax.vjp(lambda p: scale * loss(*p), pred)[1](g)[0],
+        )
+    seen = []
+
+    def rule(context, equation, pred, scale):
+        seen.append(scale)
+        return [context.evaluate(lambda x, w: scale * loss(x, w), *pred)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "equinox", equinox)
+        assert tied_lora.register_rule(made, rule) is rule
+    for scale in (2.0, 3.0):
+        assert served(lambda p, x, s=scale: made((x, table(p)), s), X) == [LOW_RANK]
+    assert set(seen) == {2.0, 3.0}
+    assert served(lambda p, x: other((x, table(p)), 2.0), X) == [MATERIALISED]

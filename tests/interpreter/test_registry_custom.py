@@ -12,6 +12,7 @@ from jax.interpreters import ad, mlir
 
 import flax_tied_lora as tied_lora
 from flax_tied_lora._interpreter import registry
+from flax_tied_lora._interpreter.jaxprs import operation_of
 from tests.helpers.oracle import array, check, wrapped
 
 TABLE = wrapped({"embed": {"embedding": array(8, 6, seed=1)}}, ["embed"])
@@ -98,7 +99,7 @@ def test_rule_for_a_custom_vjp():
 
     @tied_lora.register_rule(fused)
     def _(context, equation, x, w):
-        calls.append(equation.primitive.name)
+        calls.append(operation_of(equation))
         plain = lambda x, w: jnp.sum(jax.nn.logsumexp(x @ w.T, axis=1))  # noqa: E731
         return [context.evaluate(plain, x, w)]
 
@@ -155,3 +156,14 @@ def test_a_custom_function_that_closes_over_something_gets_no_rule():
 
     with pytest.raises(ValueError, match="'scaled' closes over scale; functions that differ"):
         tied_lora.register_rule(make(2.0), lambda *_: NotImplemented)
+
+
+def test_a_rule_by_the_primitives_name_is_for_functions_without_one(monkeypatch):
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+    @tied_lora.register_rule("custom_vjp_call")
+    def _(context: Any, eqn: Any, x: Any, w: Any) -> Any:
+        return [context.evaluate(lambda x, w: jnp.sum((x @ w.T) ** 2), x, w)]
+
+    explained = tied_lora.explain(lambda p, x: doubled_loss(x, table(p)), TABLE, X)
+    assert served(explained) == [("dot_general", "low rank")]

@@ -118,8 +118,8 @@ def _tie(held: Held) -> str:
     tied = [p for pair in held.ties for p in pair] if held.ties else [held.table]
     assert {s.role for p in tied for s in held.sites.of(p)} == {"lookup", "projection"}
     if held.ties is None:
-        [group] = tied_lora.find_ties(held.params, sites=held.sites)
-        assert (group.key, group.found) == (held.table, ("data flow",))
+        groups = {g.key: g for g in tied_lora.find_ties(held.params, sites=held.sites)}
+        assert groups[held.table].found == ("data flow",)
         return "found"
     return "declared"
 

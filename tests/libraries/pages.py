@@ -5,9 +5,14 @@ from __future__ import annotations
 from tests.whole.test_docs import ROOT, run_page
 
 
-def run_library_page(page: str, blocks: int) -> None:
-    """Runs a page's blocks, all of which are marked ``no-run`` for who has not its library."""
+def run_library_page(page: str, blocks: int, before: str = "") -> None:
+    """Runs a page's blocks, all of which are marked ``no-run`` for who has not its library.
+
+    Args:
+      before: a program that makes what the page takes for granted.
+    """
     file = ROOT / "docs" / "libraries" / f"{page}.md"
     text = file.read_text()
     assert text.count("```python no-run") == text.count("```python") == blocks
-    run_page(text.replace("```python no-run", "```python"), str(file))
+    text = text.replace("```python no-run", "```python")
+    run_page(f"```python\n{before}\n```\n{text}" if before else text, str(file))

@@ -45,34 +45,51 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "gemma": ("Gemma", _BODY, ["embed_tokens", *_PROJECTIONS]),
     "gemma2": (
         "Gemma2",
-        {**_GEMMA, "num_hidden_layers": 4, "final_logit_softcapping": 30.0,
-         "attn_logit_softcapping": 50.0},
+        {
+            **_GEMMA,
+            "num_hidden_layers": 4,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
         ["embed_tokens", *_PROJECTIONS],
     ),
     # Eight layers: the sixth is global, and two are behind it.
     "gemma3": (
         "Gemma3",
-        {**_GEMMA, "num_hidden_layers": 8, "rope_local_base_freq": 10_000.0,
-         "rope_theta": 1_000_000.0},
+        {
+            **_GEMMA,
+            "num_hidden_layers": 8,
+            "rope_local_base_freq": 10_000.0,
+            "rope_theta": 1_000_000.0,
+        },
         ["embed_tokens", *_PROJECTIONS],
     ),
     "t5": (
         "T5",
-        {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": HEAD, "d_ff": HIDDEN,
-         "num_layers": 2, "num_heads": HEADS, "dropout_rate": 0.0,
-         "feed_forward_proj": "gated-gelu", "tie_word_embeddings": True,
-         "decoder_start_token_id": 0},
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": WIDTH,
+            "d_kv": HEAD,
+            "d_ff": HIDDEN,
+            "num_layers": 2,
+            "num_heads": HEADS,
+            "dropout_rate": 0.0,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": True,
+            "decoder_start_token_id": 0,
+        },
         # Not the table: PEFT replaces one of its names, and no lookup of T5 is by that.
         ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
     ),
-}  # fmt: skip
+}
+MODELS["umt5"] = ("UMT5", *MODELS["t5"][1:])  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 
 
 def model_of(name: str) -> Any:
     kind, fields, _ = MODELS[name]
     text = "TextConfig" if kind == "Gemma3" else "Config"
-    head = "ForConditionalGeneration" if kind == "T5" else "ForCausalLM"
+    head = "ForConditionalGeneration" if "T5" in kind else "ForCausalLM"
     config = getattr(transformers, kind + text)(**fields)
     config._attn_implementation = "eager"
     model = getattr(transformers, kind + head)(config).eval()
@@ -85,7 +102,7 @@ def model_of(name: str) -> Any:
 @torch.no_grad()
 def logits_of(name: str, model: Any) -> np.ndarray:
     tokens = torch.from_numpy(TOKENS).long()
-    if name == "t5":
+    if "t5" in name:
         mask = torch.ones_like(tokens)
         return model(input_ids=tokens, attention_mask=mask, decoder_input_ids=tokens).logits.numpy()
     return model(tokens).logits.numpy()
@@ -106,7 +123,7 @@ def write(name: str) -> None:
             r=RANK,
             lora_alpha=ALPHA,
             target_modules=MODELS[name][2],
-            ensure_weight_tying=name != "t5",
+            ensure_weight_tying="t5" not in name,
         ),
     )
     with torch.no_grad():

@@ -38,6 +38,7 @@ with warnings.catch_warnings():
     from tunix.rl.grpo import grpo_learner as grpo_learner
     from tunix.rl.rollout import base_rollout as base_rollout
     from tunix.sft import peft_trainer as peft_trainer
+    from tunix.sft.dpo import dpo_trainer as dpo_trainer
 
     # Importing tunix turns a setting of Flax off for everybody; the other tests run with it on.
     flax.config.update("flax_always_shard_variable", sharding_of_variables)

@@ -129,6 +129,30 @@ def test_an_adapter_for_the_call_sites_of_one_method():
     assert type(adapted.module) is Heads
 
 
+def test_what_a_class_has_beside_methods():
+    class Odd(Layer):
+        act, negative = staticmethod(jnp.tanh), lambda x: -x
+        Inner = Layer
+
+        @classmethod
+        def width(cls):
+            return cls.act(jnp.ones(8))
+
+        @property
+        def kernel(self):
+            return self.proj.kernel[...]
+
+        def __call__(self, x):
+            assert self.Inner is Layer
+            assert super().__call__(x).shape == x.shape
+            return (type(self).act(self.act(x)) * self.width()[None]) @ type(self).negative(
+                self.kernel
+            )
+
+    sites = tied_lora.nnx.trace(Odd(nnx.Rngs(0)), jnp.ones((2, 8)))
+    assert sites.sites[-1].scope == "Odd"
+
+
 def test_the_modules_of_a_call_are_what_they_were():
     model = Model(nnx.Rngs(0))
     graph = nnx.graphdef(model)

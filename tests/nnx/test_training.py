@@ -89,6 +89,35 @@ class TestLoops:
         ):
             np.testing.assert_array_equal(a, b)
 
+    def test_model_and_optimizer_in_one(self):
+        both = nnx.ModelAndOptimizer(adapted(), OPTIMIZER, wrt=nnx.LoRAParam)
+
+        @nnx.jit
+        def step_of_both(both, tokens):
+            value, grads = nnx.value_and_grad(loss, argnums=TRAINABLE)(both.model, tokens)
+            both.update(grads)
+            return value
+
+        check([float(step_of_both(both, TOKENS)) for _ in range(STEPS)], factors(both.model))
+
+    def test_a_graph_that_is_cached(self):
+        model = adapted()
+        optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.LoRAParam)
+        cached = nnx.cached_partial(step, model, optimizer)
+        check([float(cached(TOKENS)) for _ in range(STEPS)], factors(model))
+
+    def test_steps_in_one_scan(self):
+        model = adapted()
+        optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.LoRAParam)
+
+        @nnx.jit
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        def steps(carry, tokens):
+            return carry, step(*carry, tokens)
+
+        _, losses = steps((model, optimizer), jnp.stack([jnp.asarray(TOKENS)] * STEPS))
+        check(losses.tolist(), factors(model))
+
     def test_split_and_merge_with_optax(self):
         model = adapted()
         graphdef, trainable, frozen = nnx.split(model, nnx.LoRAParam, ...)

@@ -136,3 +136,4 @@ def serve(context: tied_lora.RuleContext, equation: Any, table: Any) -> Any:
 
 
 own_loss = tied_lora.custom_rule(loss_fn, serve)
+library_loss = tied_lora.custom_rule(loss_fn, losses.blockwise_cross_entropy_rule)

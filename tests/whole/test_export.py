@@ -38,7 +38,7 @@ def kernel(params: Any, name: str) -> Any:
 
 def hidden(params: Any, ids: Any) -> Any:
     x = table(params)[ids] + params["positions"]["embedding"][None, : ids.shape[1]]
-    return jnp.tanh(x @ kernel(params, "up"))
+    return jnp.tanh(x @ kernel(params, "up") / 4)  # not saturated, where gradients are all rounding
 
 
 def logits(params: Any, ids: Any) -> Any:
@@ -129,7 +129,9 @@ def check(program: Callable[..., Any], adapted: Any, shape: str, sizes: Any) -> 
     def step(adapters: Any, ids: Any, run: Any = served) -> Any:
         def total(adapters: Any) -> Any:
             out = run(adapted.replace(adapters=adapters), ids)
-            return jnp.sum(jnp.sin(out)), out
+            # Weighted, not bent: where a sine's slope is small, it magnifies roundings.
+            places = jnp.arange(out.size, dtype=out.dtype).reshape(out.shape)
+            return jnp.sum(out * jnp.cos(places)), out
 
         return jax.grad(total, has_aux=True)(adapters)
 

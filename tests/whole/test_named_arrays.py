@@ -110,3 +110,14 @@ def test_adapters_and_full_params_go_to_files_and_come_back(tmp_path):
     checkpoint.save_params(tmp_path / "params", tied_lora.merge(adapted))
     plain = checkpoint.restore_params(tmp_path / "params", PARAMS)
     assert jnp.allclose(logits(plain, TOKENS), expected, atol=1e-5)
+
+
+def test_tied_params_come_back_without_a_target_as_dicts_of_arrays(tmp_path):
+    """Boxes are not in a checkpoint, these as little as Flax's."""
+    tied = {**PARAMS, "head": {"weight": NamedArray(PARAMS["embeddings"]["weight"].array, "ve")}}
+    checkpoint.save_params(tmp_path / "params", tied)
+    plain = checkpoint.restore_params(tmp_path / "params")
+    assert (plain["head"]["weight"] == tied["head"]["weight"].array).all()
+    again = checkpoint.restore_params(tmp_path / "params", tied)
+    assert again["head"]["weight"].names == "ve"
+    assert again["head"]["weight"].array is again["embeddings"]["weight"].array

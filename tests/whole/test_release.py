@@ -24,7 +24,7 @@ VERSION = PROJECT["version"]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 # What a checkout holds besides its files.
 MADE = (".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist",
-        "site", "out", "shared", "demo_output")  # fmt: skip
+        "site", "out", "shared", "demo_output", "finetuned")  # fmt: skip
 
 
 def pages() -> list[Path]:

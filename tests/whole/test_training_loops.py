@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.examples.test_smollm2 import tensors, write
+from tests.helpers import small_llama
 from tests.helpers.loops import MAKERS, Loops
 from tests.whole.test_docs import BLOCK, PAGES, ROOT, run_page
 
@@ -39,7 +39,7 @@ def test_every_loop_is_on_a_page_or_in_a_program_that_a_test_runs():
     }
     assert {"README.md", "training.md", "nnx.md", "meshes.md", "vocabulary.md"} <= pages
     assert programs == {
-        "quickstart.py", "serve_many.py", "finetune_on_a_mesh.py", "training.py"
+        "quickstart.py", "serve_many.py", "finetune_on_a_mesh.py", "job.py"
     }  # fmt: skip
 
 
@@ -65,15 +65,16 @@ def test_the_script_on_a_mesh(monkeypatch):
     loops.check(least=1)
 
 
-def test_the_demo(tmp_path, monkeypatch):
-    write(tmp_path / "small.gguf", tensors()[1])
+def test_the_fine_tuning_program(tmp_path, monkeypatch):
+    small_llama.write(tmp_path / "small")
     (tmp_path / "text.txt").write_text(corpus.documentation_text()[:6000], encoding="utf-8")
     loops = Loops()
-    loops.module(EXAMPLES / "training.py", monkeypatch)
-    monkeypatch.delitem(sys.modules, "stages", raising=False)  # another test's has another training
-    program = loops.module(EXAMPLES / "finetune_smollm2.py", monkeypatch)
-    options = "--steps 2 --last-steps 0 --length 32 --held-out-tokens 200 --warmup 1 --new-tokens 2"
-    given = [str(tmp_path / "text.txt"), "--model", str(tmp_path / "small.gguf")]
+    loops.module(EXAMPLES / "job.py", monkeypatch)
+    for name in ("training", "stages"):  # another test's have another job
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    program = loops.module(EXAMPLES / "finetune.py", monkeypatch)
+    options = "--steps 2 --length 32 --held-out-tokens 200 --warmup 1 --new-tokens 2"
+    given = [str(tmp_path / "text.txt"), "--model", str(tmp_path / "small")]
     assert program.main([*given, "--output", str(tmp_path / "out"), *options.split()]) == 0
     loops.check(least=1)
 

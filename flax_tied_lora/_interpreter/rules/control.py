@@ -30,7 +30,15 @@ from flax_tied_lora._interpreter.inner import (
     shown,
     shown_by,
 )
-from flax_tied_lora._interpreter.jaxprs import Jaxpr, Var, body, opened
+from flax_tied_lora._interpreter.jaxprs import (
+    Jaxpr,
+    Var,
+    applied,
+    body,
+    jaxpr_as_fun,
+    opened,
+    parameters_of,
+)
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._interpreter.sites import Read
@@ -107,24 +115,30 @@ def _dense_parts(weight: Weight) -> list[bool]:
 
 @rule("checkpoint", "remat", "remat2")
 def checkpoint(context, eqn, *operands):
-    inner, (hidden, names) = eqn.params["jaxpr"], hidden_names(operands)
+    p, (hidden, names) = parameters_of(eqn), hidden_names(operands)
+    inner, keeps = p["jaxpr"], p["prevent_cse"]
     hot = one_hot_operands(context, eqn)
     built = rebuild(
         context, ("checkpoint", inner, hot),
         lambda c, *xs: (evaluate_inner(c, inner, hot, xs), None),
-        hidden, avals_of(hidden, inner.invars), names,
+        hidden, avals_of(hidden, body(inner).invars), names,
     )  # fmt: skip
     met(context, built.reads, names)
     flat, _ = parts_of(hidden)
-    program, consts = opened(built.jaxpr)
-    results = run_with(
-        context,
-        eqn,
-        [*consts, *flat],
-        built.jaxpr.out_avals,
-        jaxpr=program,
-        effects=program.effects,
-    )
+    if isinstance(keeps, tuple):  # one for each operand
+        pairs = zip(keeps, hidden, strict=True)
+        keeps = tuple(kept for kept, x in pairs for _ in jax.tree.leaves(x))
+    if applied(eqn) is not None:
+        again = jax.checkpoint(jaxpr_as_fun(built.jaxpr), prevent_cse=keeps, policy=p["policy"])
+        results = again(*flat)
+    else:
+        program, consts = opened(built.jaxpr)
+        if isinstance(keeps, tuple):
+            keeps = (*[False] * len(consts), *keeps)
+        results = run_with(
+            context, eqn, [*consts, *flat], built.jaxpr.out_avals,
+            jaxpr=program, prevent_cse=keeps, effects=program.effects,
+        )  # fmt: skip
     outs = jax.tree.unflatten(built.outputs, built.jaxpr.out_avals)
     results = _forwarded(body(built.jaxpr), flat, results, outs)
     return shown(jax.tree.unflatten(built.outputs, results), names)

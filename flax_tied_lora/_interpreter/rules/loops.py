@@ -25,6 +25,7 @@ from flax_tied_lora._interpreter.inner import (
     one_hot_operands,
 )
 from flax_tied_lora._interpreter.jaxprs import body as body_of
+from flax_tied_lora._interpreter.jaxprs import parameters_of
 from flax_tied_lora._interpreter.provenance import Provenance
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._tree.keys import is_key
@@ -33,9 +34,10 @@ from flax_tied_lora._tree.open_sizes import is_open
 
 @rule("scan")
 def scan(context, eqn, *operands):
-    p, inner = eqn.params, eqn.params["jaxpr"]
-    if p["length"] == 0:
-        raise NotServedError  # no step has a slice
+    p, inner = parameters_of(eqn), parameters_of(eqn)["jaxpr"]
+    walks = p.get("extensives", [])
+    if p["length"] == 0 or walks != sorted(walks):
+        raise NotServedError  # no step has a slice, or tangents follow what is walked over
     consts, init, xs = _scan_parts(eqn, operands)
     first, last = len(consts), len(consts) + len(init)
     hot = one_hot_operands(context, eqn, walked=last)
@@ -153,7 +155,7 @@ def _scan_parts(eqn: Any, operands: Sequence[Any]) -> tuple[list[Any], list[Any]
 
     JAX's releases differ in how they say so; an axis more than in the body tells as well.
     """
-    inner = body_of(eqn.params["jaxpr"])
+    inner = body_of(parameters_of(eqn)["jaxpr"])
 
     def walks(outer: Any, within: Any) -> bool:
         return len(outer.aval.shape) > len(within.aval.shape)

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import ad_checkpoint, lax
 
 from flax_tied_lora._algebra.factor import FLOATS, RANK, Factor, NotServedError
+from flax_tied_lora._interpreter.jaxprs import parameters_of
 from flax_tied_lora._interpreter.registry import rule
 from flax_tied_lora._interpreter.rules.layout import on_arrays, same_axes
 from flax_tied_lora._tree.sharding import vary
@@ -45,7 +46,12 @@ def _each_array(context, eqn, weight):
     return [out]
 
 
-rule("copy", "copy_p", "stop_gradient", "pcast", "name")(_each_array)
+rule("copy", "copy_p", "stop_gradient", "pcast")(_each_array)
+
+
+@rule("name")
+def checkpoint_name(context, eqn, weight):
+    return [ad_checkpoint.checkpoint_name(weight, parameters_of(eqn)["name"])]
 
 
 @rule("pvary")

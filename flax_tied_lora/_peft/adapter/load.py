@@ -27,7 +27,8 @@ from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._planning.plan import LORA, TRAINABLE_TOKENS, AdapterPlan, GroupPlan
 from flax_tied_lora._planning.tying import says_untied
 from flax_tied_lora._ties.find import Ties, ties_among
-from flax_tied_lora._ties.lost import differ, from_names, not_in, refuse_lost
+from flax_tied_lora._ties.lost import from_names, not_in, refuse_lost
+from flax_tied_lora._ties.sources import differ
 from flax_tied_lora._tree.boxes import in_place
 from flax_tied_lora._tree.foreign import refuse_models
 from flax_tied_lora._tree.paths import flatten

@@ -27,6 +27,7 @@ from flax_tied_lora._peft.adapter.base_tensors import (
 )
 from flax_tied_lora._peft.adapter.file_tensors import PREFIX, FileTensor, file_tensors
 from flax_tied_lora._peft.adapter.folder import write_adapter
+from flax_tied_lora._peft.adapter.model_card import model_card
 from flax_tied_lora._peft.adapter.parameters import (
     TorchAdapter,
     parameters_of_adapter,
@@ -144,7 +145,8 @@ def save_adapter(  # noqa: PLR0913 - the directory's options are many
     entries.sort(key=lambda entry: entry.name)
     note = {} if plain else note_of(adapted.plan.config.to_dict(), config)
     metadata = {"format": "pt", **note}
-    write_adapter(directory, text, entries, metadata=metadata, overwrite=overwrite)
+    card = model_card(config, adapters)
+    write_adapter(directory, text, entries, metadata=metadata, readme=card, overwrite=overwrite)
 
 
 def _plain(adapted: Adapted) -> Adapted:
@@ -182,7 +184,7 @@ def _torch_adapters(adapted: Adapted, names: Names) -> list[TorchAdapter]:
     adapters = []
     for group, adapter in plan.adapters():
         weights = parameters_of_adapter(group, adapter, names, leaves)
-        if len(weights) > 1 and weights[0].parameter == "weight" and names.family.endswith("t5"):
+        if len(weights) > 1 and weights[0].name == "shared.weight" and names.family.endswith("t5"):
             raise AdapterFileError(
                 f"save_adapter: {group.key!r} is T5's shared table, whose encoder and decoder "
                 "have no embedding modules of their own that PEFT could adapt; save_merged writes "

@@ -71,6 +71,7 @@ def config_of(
     if base_model_name_or_path is not None:
         fields["base_model_name_or_path"] = base_model_name_or_path
     fields["inference_mode"] = True  # as PEFT saves it
+    fields["task_type"] = config.task_type or _task_type(modules, names)
     fields["peft_version"] = fields["peft_version"] or PEFT_VERSION
     return dict(sorted(fields.items()))
 
@@ -79,6 +80,18 @@ def _is_slow(fields: Mapping[str, Any]) -> bool:
     """Returns whether there is a regex that `load_adapter` would refuse."""
     regexes = [fields[f] for f in _LISTED if isinstance(fields[f], str)]
     return any(map(problem, [*regexes, *as_tuple(fields["layers_pattern"])]))
+
+
+def _task_type(modules: Mapping[str, str], names: Names) -> str | None:
+    """Returns what a model with a head for tokens is to PEFT's classes; None for any other.
+
+    Args:
+      modules: of the model, without those that share another's leaf.
+    """
+    last = {m.rpartition(".")[2] for m in modules}
+    if last & {"score", "classifier", "qa_outputs", "classification_head"} or "lm_head" not in last:
+        return None
+    return "SEQ_2_SEQ_LM" if names.family.endswith(("t5", "bart")) else "CAUSAL_LM"
 
 
 def _put_targets(

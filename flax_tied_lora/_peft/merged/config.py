@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from flax_tied_lora._names.model_config import SCALED, TIED
 from flax_tied_lora._peft.files.errors import shown
 
-TIED = "tie_word_embeddings"
 # The fields in which configs have the width of the input embedding; the first present one counts.
 _WIDTHS = ("word_embed_proj_dim", "embedding_size", "hidden_size", "n_embd", "d_model")
 # T5's family scales the logits of a tied head only. Its lookups always are one module.
@@ -94,6 +94,8 @@ def settled_tie(
       ValueError: config and names contradict each other.
     """
     says, heads = fields.get(TIED), list(heads)
+    if fields.get(SCALED) is False:  # transformers 5 forces the other to True
+        says = False
     kind, architectures = fields["model_type"], list(fields.get("architectures") or [])
     if untie:
         if kind in T5_LIKE:
