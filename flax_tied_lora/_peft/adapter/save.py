@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -41,7 +42,9 @@ from flax_tied_lora._peft.adapter.served import check_served, checked_readers
 from flax_tied_lora._peft.files.errors import AdapterFileError
 from flax_tied_lora._peft.files.safetensors_write import TensorSource
 from flax_tied_lora._planning.plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS
+from flax_tied_lora._planning.tying import WeightTyingWarning
 from flax_tied_lora._ties.lost import from_names, refuse_lost
+from flax_tied_lora._ties.sources import Link
 from flax_tied_lora._tree.boxes import unboxed
 from flax_tied_lora._tree.paths import flatten, is_marker
 from flax_tied_lora._tree.processes import gathered
@@ -110,7 +113,9 @@ def save_adapter(  # noqa: PLR0913 - the directory's options are many
                 "stacked adapters are saved one by one"
             )
     leaves, _ = flatten(adapted.params)
-    refuse_lost("save_adapter", leaves, from_names(leaves, names))
+    ties = from_names(leaves, names)
+    refuse_lost("save_adapter", leaves, ties)
+    _warn_of_halves(adapted, ties)
     # Factors are small enough for each process to hold those that are spread over processes.
     adapted = adapted.replace(
         adapters=gathered(adapted.adapters), scaling=gathered(adapted.scaling)
@@ -147,6 +152,25 @@ def save_adapter(  # noqa: PLR0913 - the directory's options are many
     metadata = {"format": "pt", **note}
     card = model_card(config, adapters)
     write_adapter(directory, text, entries, metadata=metadata, readme=card, overwrite=overwrite)
+
+
+def _warn_of_halves(adapted: Adapted, ties: Sequence[Link]) -> None:
+    """Warns of a leaf that the names tie to an adapted one, and that is apart and not adapted."""
+    groups = {m.path: group for group in adapted.plan.groups for m in group.members}
+    for tie in ties:
+        ours = [groups.get(path) for path in (tie.first, tie.second)]
+        there = [group is not None and bool(group.adapters) for group in ours]
+        if ours[0] is ours[1] or there[0] == there[1]:
+            continue
+        own, other = (tie.first, tie.second) if there[0] else (tie.second, tie.first)
+        warnings.warn(
+            f"save_adapter: in PyTorch {own!r} and {other!r} are one tensor; here they are two "
+            f"arrays, and {own!r} alone is adapted, so its module alone is in the file. If the "
+            f"model reads {own!r} in both places, wrap with ties=model.config, or take {other!r} "
+            "out of the params",
+            WeightTyingWarning,
+            stacklevel=3,
+        )
 
 
 def _plain(adapted: Adapted) -> Adapted:

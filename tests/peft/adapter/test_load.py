@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,26 @@ def test_a_regex_that_backtracks_is_refused_and_is_not_written(tmp_path):
     written = json.loads((tmp_path / "own" / CONFIG).read_text())
     assert written["target_modules"] == ["model.q_proj"]
     assert set(load(tmp_path / "own").adapters["lora"]) == {"q/kernel"}
+
+
+def test_half_of_a_tie_is_warned_of(tmp_path):
+    """A head that the model does not read, beside the table that it reads in its place."""
+    names = names_of({"model_type": "llama", "tie_word_embeddings": True})
+    table = jnp.asarray(draw(0, 12, 4))
+    both = {"model": {"embed_tokens": {"embedding": table}}, "lm_head": {"kernel": table.T}}
+    config = tied_lora.LoraConfig(r=2, target_modules=["embed_tokens"])
+    with pytest.warns(tied_lora.WeightTyingWarning, match="values of"):
+        apart = tied_lora.wrap(both, config)
+    with pytest.warns(
+        tied_lora.WeightTyingWarning,
+        match=r"'lm_head/kernel' are one tensor; .*'model/embed_tokens/embedding' alone is adapted",
+    ):
+        save_adapter(tmp_path / "a", apart, names)
+    tied = tied_lora.wrap(both, config, ties=[("model/embed_tokens/embedding", "lm_head/kernel")])
+    alone = tied_lora.wrap({"model": both["model"]}, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(tmp_path / "b", tied, names)
+        save_adapter(tmp_path / "c", alone, names)
+    for folder in ("b", "c"):
+        assert f"{PREFIX}lm_head.lora_A.weight" in load_file(tmp_path / folder / WEIGHTS)
