@@ -24,7 +24,7 @@ _OTHERWISE: dict[int, dict[str, Decides]] = {
     5: {
         **dict.fromkeys(
             ("EvollaModel", "bailing_hybrid", "esmc", "evolla", "inkling_mm_model", "inkling_text",
-             "kimi_linear", "nemotron_h", "pop2piano", "qwen2_5_omni_talker", "xlstm"),
+             "kimi_linear", "luke", "nemotron_h", "pop2piano", "qwen2_5_omni_talker", "xlstm"),
             "never",
         ),
         **dict.fromkeys(
