@@ -11,7 +11,7 @@ from flax_tied_lora._names import gemma_tables, transformers_tables, tunix_table
 from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.line import LineEntry, make_line
 from flax_tied_lora._names.mapping import Names, Tie, UnmappedError
-from flax_tied_lora._names.model_config import config_field, says_tied
+from flax_tied_lora._names.model_config import TIED, config_field, says_tied
 
 _FAMILIES = {**transformers_tables.FAMILIES, **tunix_tables.FAMILIES, **gemma_tables.FAMILIES}
 # Those that have other leaves in models with as many key heads as heads.
@@ -56,7 +56,7 @@ def names_of(
     name = _family_name(model)
     if name not in _FAMILIES and not lines:
         raise ValueError(_unknown(name))
-    if tie_word_embeddings is None:
+    if tie_word_embeddings is None and config_field(model, TIED) is not None:
         tie_word_embeddings = says_tied(model)
     if tie_word_embeddings is None:
         tie_word_embeddings = tunix_tables.tunix_ties(model)
