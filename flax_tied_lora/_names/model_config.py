@@ -13,7 +13,7 @@ SCALED = "scale_decoder_outputs"
 # Types whose configs transformers 5 forces to True, and forgets what they were told.
 FORCED = ("mt5", "udop", "vilt")
 # Fields that hold the config of the part that reads and writes text, in a model of several parts.
-_TEXT = ("text_config", "decoder", "generator", "decoder_config")
+_TEXT = ("text_config", "decoder", "generator")
 # What ties in PyTorch's classes, by release and model_type, where it is neither the text part's
 # flag in transformers 4 nor the whole model's in 5. tests/against_torch/ties_of_classes.py asks.
 _OTHERWISE: dict[int, dict[str, Decides]] = {
@@ -24,7 +24,7 @@ _OTHERWISE: dict[int, dict[str, Decides]] = {
     5: {
         **dict.fromkeys(
             ("EvollaModel", "bailing_hybrid", "esmc", "evolla", "inkling_mm_model", "inkling_text",
-             "kimi_linear", "nemotron_h", "pop2piano", "qwen2_5_omni_talker", "xlstm"),
+             "kimi_linear", "luke", "nemotron_h", "pop2piano", "qwen2_5_omni_talker", "xlstm"),
             "never",
         ),
         **dict.fromkeys(
@@ -68,7 +68,7 @@ def says_tied(config: Any) -> Any:
     parts = [config_field(config, name) for name in _TEXT]
     part = next((x for x in parts if config_field(x, "model_type")), None)
     text = config_field(part, TIED)
-    if own is None and kind:
+    if own is None:
         # transformers 4 leaves out what is its default, True; 5 what the class does not have.
         own = release == 4 or kind in _TRUE_UNSAID
     return _decided(
@@ -99,6 +99,8 @@ def is_forced(config: Any) -> bool:
 
 def _release(config: Any) -> int:
     """Returns which of its releases a config of transformers is of, 4 or 5; 0 of another's."""
+    if config_field(config, "model_type") is None:
+        return 0
     to_dict = getattr(config, "to_dict", None)
     fields = to_dict() if callable(to_dict) and not isinstance(config, type) else config
     version = fields.get("transformers_version") if isinstance(fields, Mapping) else None

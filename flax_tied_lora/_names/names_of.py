@@ -23,7 +23,7 @@ from flax_tied_lora._names import (
 from flax_tied_lora._names.family import Family
 from flax_tied_lora._names.line import LineEntry, make_line
 from flax_tied_lora._names.mapping import Names, Tie, UnmappedError
-from flax_tied_lora._names.model_config import config_field, says_tied
+from flax_tied_lora._names.model_config import TIED, config_field, says_tied
 
 _FAMILIES = {
     **transformers_tables.FAMILIES,
@@ -101,7 +101,7 @@ def names_of(
     name = _family_name(model)
     if name not in FAMILIES and not lines:
         raise ValueError(_unknown(name))
-    if tie_word_embeddings is None:
+    if tie_word_embeddings is None and config_field(model, TIED) is not None:
         tie_word_embeddings = says_tied(model)
     if tie_word_embeddings is None:
         tie_word_embeddings = tunix_tables.tunix_ties(model)

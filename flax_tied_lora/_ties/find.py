@@ -60,7 +60,9 @@ def find_ties(
       ties: ``"auto"``; or, in addition to what is found: a list of path pairs (orientation inferred
         from the shapes; ``(path, path, "transposed")`` or ``(path, path, "same")`` where both
         fit), a list of `TieGroup`, or a model's config, an object or a dict with
-        ``tie_word_embeddings``. False there unties embedding and output projection. Or the model's
+        ``tie_word_embeddings``, of transformers 4 or 5. False there unties embedding and output
+        projection; so does False in ``scale_decoder_outputs``, where transformers 5 keeps what
+        T5's configs were told, and what a release's PyTorch class does not tie. Or the model's
         `names.Names`: then leaves that are one tensor in PyTorch must have the same values.
       sites: call sites of the model, for ties by data flow.
       equal_values: whether to compare values. Arrays of one repeated value never count.

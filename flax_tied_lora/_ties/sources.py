@@ -146,7 +146,8 @@ def from_config(leaves: Mapping[str, Any], config: Any, links: Sequence[Link]) -
     tied, size = says_tied(config), config_field(config, "vocab_size")
     if not isinstance(tied, bool):
         raise ValueError(
-            f"find_ties: the config's tie_word_embeddings is {tied!r}; expected True or False"
+            f"find_ties: the config's tie_word_embeddings is {tied!r}; expected True or False. "
+            "Of a model of several parts, give the config of its part for text"
         )
     tables, heads = _vocabulary_leaves(leaves, size)
     if not tied:

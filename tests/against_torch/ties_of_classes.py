@@ -57,17 +57,16 @@ def built(classes: list[Any], make: Any) -> Any:
                 with torch.device("meta"):
                     model = cls(config)
                 model.tie_weights()
-                vocabulary = model.get_input_embeddings().weight.shape
+                table = model.get_input_embeddings().weight
             except Exception:  # another class, or another depth
                 continue
             finally:
                 signal.alarm(0)
-            heads = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-            if any(head.shape == vocabulary for head in heads):
-                tables = {
-                    id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)
-                }
-                return cls.__name__, any(id(head) in tables for head in heads)
+            weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+            heads = [weight for weight in weights if weight.shape == table.shape]
+            tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+            if heads:
+                return cls.__name__, bool({*map(id, heads)} & {*map(id, [table, *tables])})
             break
     return None
 

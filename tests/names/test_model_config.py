@@ -164,3 +164,6 @@ def test_a_text_part_decides_in_transformers_4():
     assert not is_tied(fields | {"transformers_version": "4.57.6"})
     assert is_tied(fields | {"transformers_version": "5.24.0"})
     assert is_tied(fields)  # of no release: what it says itself
+    # A part that has another name is none for text: Blt's decoder of bytes.
+    other = {"model_type": "blt", TIED: True, "decoder_config": {"model_type": "x", TIED: False}}
+    assert is_tied(other | {"transformers_version": "4.57.6"})
