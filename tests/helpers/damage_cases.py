@@ -84,7 +84,7 @@ for _method in ("IA3", "LOHA", "LOKR", "ADALORA", "PREFIX_TUNING", "lora"):
     _config(f"config_{_method}_method", json.dumps({"peft_type": _method, "r": 8}), _found)
 
 
-@case(rf"found '{WEIGHTS}'; expected {CONFIG} among them; save the adapter again")
+@case(rf"found ('README.md', )?'{WEIGHTS}'; expected {CONFIG} among them; save the adapter again")
 def no_config(directory: Path) -> None:
     (directory / CONFIG).unlink()
 
@@ -95,7 +95,7 @@ def config_is_a_directory(directory: Path) -> None:
     (directory / CONFIG).mkdir()
 
 
-@case(rf"found '{CONFIG}'; expected {WEIGHTS} among them")
+@case(rf"found ('README.md', )?'{CONFIG}'; expected {WEIGHTS} among them")
 def no_weights(directory: Path) -> None:
     (directory / WEIGHTS).unlink()
 

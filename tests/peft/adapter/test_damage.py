@@ -163,7 +163,7 @@ CONTENTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "rank_of_one_module": (_fields(rank_pattern={"q_proj": 1}), r"expected \[1, 4\]"),
     "rank_of_one_copy": (_fields(rank_pattern={"lm_head": 1}), "different (ranks|values)"),
     "alpha_of_one_copy": (_fields(alpha_pattern={"lm_head": 1}), "different (ranks|values)"),
-    "rank_above_the_matrix": (_fields(r=40), "rank 40"),
+    "rank_above_the_matrix": (_fields(r=40), r"is \[2, 7\]; expected \[40, 7\]"),
     "rank_0": (_fields(r=0), f"{CONFIG}: LoraConfig: r=0 .*expected an int above 0"),
     "rank_text": (_fields(r="8"), f"{CONFIG}: LoraConfig: r='8'"),
     "alpha_negative": (_fields(lora_alpha=-1), f"{CONFIG}: LoraConfig: lora_alpha=-1"),
