@@ -58,16 +58,19 @@ _SAME_AS = {
 }
 
 
+_HIGH = "call_hi_primitive"
+
+
 def applied(eqn: JaxprEqn) -> Any:
     """Returns the `jax.experimental.hijax.HiPrim` that an equation applies, or None."""
-    return eqn.params.get("_prim") if eqn.primitive.name == "call_hi_primitive" else None
+    return eqn.params.get("_prim") if eqn.primitive.name == _HIGH else None
 
 
 def operation_of(eqn: JaxprEqn) -> str:
     """Returns the name of what an equation does: of its primitive, or ``module.class``."""
-    high = applied(eqn)
-    if high is None:
-        return eqn.primitive.name
+    primitive = eqn.primitive.name
+    if primitive != _HIGH or (high := applied(eqn)) is None:  # asked of every equation
+        return primitive
     module, name = type(high).__module__, type(high).__qualname__
     own = module.partition(".")[0] == "jax"
     return _SAME_AS[name] if own and name in _SAME_AS else f"{module}.{name}"

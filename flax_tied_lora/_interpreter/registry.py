@@ -161,4 +161,5 @@ def _checked(eqn: JaxprEqn, outputs: Any) -> list[Any]:
 
 def _shape(value: Any) -> tuple[int, ...]:
     """Returns the shape of a weight, or of a value of any type that JAX was told of."""
-    return value.shape if isinstance(value, Weight) else getattr(jax.typeof(value), "shape", ())
+    shape = getattr(value, "shape", None)  # of a weight or an array; jax.typeof takes longer
+    return getattr(jax.typeof(value), "shape", ()) if shape is None else shape

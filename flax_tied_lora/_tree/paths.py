@@ -88,12 +88,16 @@ def named_leaves(
 
     As `jax.tree_util.tree_flatten_with_path`, but that the path of a leaf in a box ends at the box.
     """
+    boxed: list[Any] = []
 
     def ends(node: Any) -> bool:
-        return is_leaf(node) or is_boxed_array(node, is_leaf)
+        if _may_be_boxed(type(node)) and is_boxed_array(node, is_leaf):
+            boxed.append(node)
+            return True
+        return is_leaf(node)
 
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=ends)
-    if any(is_boxed_array(x, is_leaf) for _, x in pairs):
+    if boxed:
         leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
         pairs = [(path, leaf) for (path, _), leaf in zip(pairs, leaves, strict=True)]
     return pairs, treedef
@@ -105,13 +109,19 @@ def is_boxed_array(node: Any, is_leaf: Callable[[Any], bool] = is_leaf) -> bool:
     Haliax's and Penzai's ``NamedArray`` are: one array, whose dtype and shape they say themselves.
     A module that has one param says neither.
     """
-    kind = type(node)
-    if not isinstance(getattr(kind, "dtype", None), property):
-        return False
-    if not (hasattr(kind, "shape") or hasattr(kind, "named_shape")) or is_leaf(node):
+    if not _may_be_boxed(type(node)) or is_leaf(node):
         return False
     inside = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
     return len(inside) == 1 and (is_leaf(inside[0]) or jax.tree_util.all_leaves(inside))
+
+
+@functools.cache
+def _may_be_boxed(kind: type) -> bool:
+    """Returns whether a class says dtype and shape itself, and is none of JAX's own that do."""
+    if issubclass(kind, jax.Array | jax.ShapeDtypeStruct):
+        return False
+    says_dtype = isinstance(getattr(kind, "dtype", None), property)
+    return says_dtype and (hasattr(kind, "shape") or hasattr(kind, "named_shape"))
 
 
 def _entry_name(entry: Any) -> str:
