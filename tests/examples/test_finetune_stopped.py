@@ -82,7 +82,7 @@ def test_a_second_ctrl_c_ends_at_once_and_the_last_save_stays(
             for line in ("Compiling the training step.\n", "saving\n"):
                 assert line in iter(child.stdout.readline, "")
                 child.send_signal(signal.SIGINT)
-            _, errors = child.communicate(timeout=20)
+            _, errors = child.communicate(timeout=100)
         finally:
             child.kill()
     assert child.returncode == 130
