@@ -37,7 +37,8 @@ Without a layout, a leaf called ``kernel`` is [in, out] and transposed in PyTorc
 ends with ``embedding`` is [rows, columns] in both, and any other leaf has one axis. Whether a
 matrix is an embedding or a linear layer is said by a kind, or by call sites; not by a name.
 
-Keras passes params as a list: `by_path` makes a dict of them, with the variables' paths for leaf paths,
+A model whose modules are called as in PyTorch needs no table: `names_of_leaves` makes one of its
+params. Keras passes params as a list: `by_path` makes a dict of them, with the variables' paths for leaf paths,
 and `in_order` the list again.
 """  # noqa: E501 - a table reads best a line a line
 
@@ -47,6 +48,7 @@ from flax_tied_lora._names.axis_maps import Offset as Offset
 from flax_tied_lora._names.axis_maps import Padding as Padding
 from flax_tied_lora._names.axis_maps import Permutation as Permutation
 from flax_tied_lora._names.axis_maps import Scale as Scale
+from flax_tied_lora._names.from_leaves import names_of_leaves as names_of_leaves
 from flax_tied_lora._names.layout import TorchWeight as TorchWeight
 from flax_tied_lora._names.layout import from_torch_array as from_torch_array
 from flax_tied_lora._names.layout import from_torch_arrays as from_torch_arrays
@@ -82,6 +84,7 @@ __all__ = [
     "from_torch_arrays",
     "in_order",
     "names_of",
+    "names_of_leaves",
     "state_entries",
     "to_state_dict",
     "to_torch_array",

@@ -84,6 +84,7 @@ def functional(tokens: jax.Array, folder: Path) -> jax.Array:
 
     lines = [("embed/embedding", "embed_tokens.weight"), ("up/kernel", "up.weight")]
     table = names.names_of(None, lines, tied={"embed/embedding": ("lm_head",)})
+    same: names.Names = names.names_of_leaves(merged)
     merged = names.from_state_dict(names.to_state_dict(merged, table), merged, table)
     entries: list[names.Entry] = names.state_entries(merged, table)
     weight = table.to_torch("up/kernel", 2)[0]
@@ -110,7 +111,7 @@ def functional(tokens: jax.Array, folder: Path) -> jax.Array:
     plain = tied_lora.dequantize(small)
     plain, vocabulary = tied_lora.grow_vocabulary(plain, 40, pad_to_multiple_of=8)
     assert tied_lora.stored_bytes(plain) > tied_lora.stored_bytes(small)
-    print(kinds, len(entries), both, vocabulary.size)
+    print(kinds, same, len(entries), both, vocabulary.size)
     return logits + model(tokens) + loss
 
 
