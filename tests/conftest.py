@@ -80,8 +80,8 @@ NEEDED = {
         "examples/test_smollm2.py", "libraries/test_gemma.py", "libraries/test_reference.py",
         "whole/test_benchmarks.py::test_a_program_runs[against_peft",
     ),
-    "maxtext": ("libraries/test_maxtext.py",),
-    "tx": ("libraries/test_skyrl.py",),
+    "maxtext": ("libraries/test_maxtext.py", "libraries/maxtext_models.py"),
+    "tx": ("libraries/test_skyrl.py", "libraries/skyrl_models.py"),
     "transformers<5": (
         "examples/test_smollm2.py", "models", "whole/test_training_loops.py",
         "whole/test_benchmarks.py::test_a_program_runs[decoding",

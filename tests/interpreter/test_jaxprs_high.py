@@ -119,7 +119,7 @@ def test_a_name_for_checkpoints_is_known():
         {"prevent_cse": False},
         {"prevent_cse": (True, False)},
     ],
-    ids=str,
+    ids=["all", "dots", "names", "no barriers", "a barrier for one"],
 )
 @pytest.mark.parametrize("inside", [False, True])
 def test_checkpoints(options, inside):

@@ -106,7 +106,7 @@ def _put_targets(
         named = _targeted(fields, modules, heads)
         if named == set(wanted):
             return
-        if isinstance(fields["target_modules"], list | tuple):
+        if _all_name_something(fields["target_modules"], modules):
             longer = [*fields["target_modules"], *(m for m in wanted if m not in named)]
             if _targeted({**fields, "target_modules": longer}, modules, heads) == set(wanted):
                 fields["target_modules"] = longer
@@ -115,6 +115,14 @@ def _put_targets(
         "target_modules": wanted, "exclude_modules": None, "layers_to_transform": None,
         "layers_pattern": None,
     }  # fmt: skip
+
+
+def _all_name_something(targets: Any, modules: Mapping[str, str]) -> bool:
+    """Returns whether targets are a list of names, each of which PEFT finds a module by."""
+    if not isinstance(targets, list | tuple):
+        return False
+    listed = [Listed([name]) for name in targets]
+    return all(any(matches(one, m) is not None for m in modules) for one in listed)
 
 
 def _targeted(fields: Mapping[str, Any], modules: Mapping[str, str], heads: set[str]) -> set[str]:
@@ -151,7 +159,7 @@ def _modules_to_save(
     if not wanted:
         return None if written is None else list(written)
     named = {m for m in modules if is_saved(m, written)}
-    if named <= wanted:
+    if named <= wanted and all(any(is_saved(m, [name]) for m in modules) for name in written):
         return [*written, *sorted(wanted - named)]
     return sorted(wanted)
 
