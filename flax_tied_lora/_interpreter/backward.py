@@ -20,9 +20,12 @@ _SHAPES = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((4, 2)
 def is_backward(scope: str) -> bool:
     """Returns whether an operation with this name stack belongs to a backward pass.
 
-    Transposed twice it is what it was. What a checkpoint's backward pass computes again belongs to
-    none; and where a backward pass calls another, as that of ``jax_remat3`` does, the inner counts.
+    Transposed twice it is what it was; and so is what a checkpoint's backward pass computes again.
+    Where that pass calls another one, as with ``jax_remat3``, what it computes again belongs to
+    none, and of two passes the inner one counts.
     """
+    if not _checkpoints_call_another(getattr(jax.config, "jax_remat3", None)):
+        return (scope.count(TRANSPOSED) - scope.count(RECOMPUTED)) % 2 == 1
     times = 0
     for part in scope.split("/"):
         if RECOMPUTED in part:
