@@ -118,7 +118,8 @@ def is_boxed_array(node: Any, is_leaf: Callable[[Any], bool] = is_leaf) -> bool:
 @functools.cache
 def _may_be_boxed(kind: type) -> bool:
     """Returns whether a class says dtype and shape itself, and is none of JAX's own that do."""
-    if issubclass(kind, jax.Array | jax.ShapeDtypeStruct):
+    tracer: type = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue]
+    if issubclass(kind, (jax.Array, jax.ShapeDtypeStruct, tracer)):
         return False
     says_dtype = isinstance(getattr(kind, "dtype", None), property)
     return says_dtype and (hasattr(kind, "shape") or hasattr(kind, "named_shape"))
