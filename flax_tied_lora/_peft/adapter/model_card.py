@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flax_tied_lora._config.checks import as_tuple
 from flax_tied_lora._peft.adapter.parameters import TorchAdapter
 from flax_tied_lora._planning.plan import LORA, MODULES_TO_SAVE, TRAINABLE_TOKENS
 
@@ -92,5 +91,5 @@ def _loading(config: Mapping[str, Any]) -> str:
 
 def _max_rank(config: Mapping[str, Any]) -> int:
     """Returns the least rank that vLLM has room for and that is enough."""
-    rank = max([config["r"], *as_tuple(tuple(config["rank_pattern"].values()))])
+    rank = max([config["r"], *(config["rank_pattern"] or {}).values()])
     return next((room for room in (1, 8, 16, 32, 64, 128, 256, 320, 512) if room >= rank), rank)
