@@ -14,7 +14,7 @@ OTHERS = {
     "examples": "the programs in examples/",
     "features": "what a config turns on, through all of the package",
     "helpers": "models, adapters and comparisons that tests share",
-    "libraries": "models of tunix and gemma",
+    "libraries": "models of the libraries in docs/libraries/",
     "models": "transformers' Flax models",
     "types": "a user's programs, for a type checker",
     "whole": "the package as one: random programs, compiled programs, meshes, docs, architecture",
